@@ -1,0 +1,1 @@
+"""Numbers only: tensors in, tensors out.  No files, no models, no recipes."""
