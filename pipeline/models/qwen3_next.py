@@ -1,0 +1,87 @@
+"""Qwen3-Next: gated DeltaNet and gated attention layers, each followed by a sparse MoE block with
+one shared expert (transformers `models/qwen3_next`).
+
+Norms multiply by (1 + w).  The router is a softmax over all experts, then top-k, renormalised where
+`norm_topk_prob` says so; the transformers module does that itself.  Multi-token-prediction tensors
+(`mtp.*`) are no part of the causal model and are dropped, as transformers drops them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models import ARCHITECTURES
+from pipeline.models.architecture import Architecture, Geometry, ModuleGroup, causal_positions
+
+
+def _geometry(config: Mapping[str, Any]) -> Geometry:
+    layers = int(config["num_hidden_layers"])
+    kinds = config.get("layer_types")
+    if kinds is None:
+        interval = int(config.get("full_attention_interval", 4))
+        kinds = [
+            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
+        ]
+    step = int(config.get("decoder_sparse_step", 1))
+    dense = set(config.get("mlp_only_layers") or ())
+    return Geometry(
+        layers=layers,
+        moe_layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0),
+        experts=int(config["num_experts"]),
+        top_k=int(config["num_experts_per_tok"]),
+        hidden=int(config["hidden_size"]),
+        inner=int(config["moe_intermediate_size"]),
+        vocabulary=int(config["vocab_size"]),
+        layer_kinds=tuple(kinds),
+    )
+
+
+def _call_layer(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    # No mask: the sequences are unpadded, and scaled_dot_product_attention is causal without one.
+    output: Tensor = layer(
+        hidden,
+        position_embeddings=rotary,
+        attention_mask=None,
+        position_ids=causal_positions(hidden.shape[1], hidden.device),
+        past_key_values=None,
+        use_cache=False,
+    )
+    return output
+
+
+ARCHITECTURES.register(
+    "qwen3_next",
+    Architecture(
+        model_type="qwen3_next",
+        layer="model.layers.{layer}",
+        embedding="model.embed_tokens",
+        final_norm="model.norm",
+        head="lm_head",
+        router="mlp.gate",
+        experts="mlp.experts",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+        activation=torch.nn.functional.silu,
+        mixer_groups=(
+            ModuleGroup("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ModuleGroup("attention", ("self_attn.o_proj",)),
+            ModuleGroup("deltanet", ("linear_attn.in_proj_qkvz",)),
+            ModuleGroup("deltanet", ("linear_attn.out_proj",)),
+        ),
+        shared_groups=(
+            ModuleGroup(
+                "shared_expert", ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+            ),
+            ModuleGroup("shared_expert", ("mlp.shared_expert.down_proj",)),
+        ),
+        never_quantized=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
+        norm_form="1+w",
+        geometry=_geometry,
+        call_layer=_call_layer,
+    ),
+)

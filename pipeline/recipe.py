@@ -1,0 +1,217 @@
+"""What the user asked for: a recipe, frozen, with unknown keys refused.
+
+A recipe is a small YAML file (see recipes/).  Every key has a default but `source.model` and
+`output.path`.  Relative paths are relative to the directory the command runs in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+
+from pipeline.errors import RecipeError
+
+class Section(BaseModel):
+    """Base of all recipe sections: immutable, no unknown keys, no silent type changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _byte_size(value: object) -> object:
+    # ByteSize in strict mode takes integers alone; recipes say "24GiB".
+    if isinstance(value, str):
+        return ByteSize._validate(value, None)  # type: ignore[arg-type]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ByteSize(value)
+    raise ValueError("give a size such as 10GiB")
+
+
+Size = Annotated[ByteSize, BeforeValidator(_byte_size)]
+
+
+class Source(Section):
+    """The checkpoint to convert."""
+
+    model: str
+    """A directory, or a Hub id that is already in the local Hub cache."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); only with a Hub id."""
+    reference: None = None
+    """Reserved for the BF16 original, only to measure against."""
+
+
+class Output(Section):
+    """Where the result goes."""
+
+    path: str
+
+
+class Dequantize(Section):
+    """Stage 1."""
+
+    write: bool = False
+    """Also write a bf16 checkpoint of its own, to `<output.path>-bf16`."""
+
+
+class Requantize(Section):
+    """Stage 2: what is quantised, and how."""
+
+    method: str = "gptq"
+    """A quantiser by name (`pipeline.quantize.methods`); checked when the plan is made."""
+    bits: Literal[4, 8] = 4
+    group_size: Literal[32, 64, 128, -1] = 128
+    symmetric: bool = True
+    modules: tuple[str, ...] = Field(default=("experts",), min_length=1, strict=False)
+    """Module classes by the names that the model's architecture gives them; checked likewise."""
+    damping: float = Field(default=0.01, gt=0, le=1, strict=False)
+    """Added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
+    activation_order: bool = True
+    """Solve columns by decreasing activation energy; groups stay static and g_idx trivial."""
+    scale_search: bool = True
+    """Search scales for the least squared error; false: from the minimum and maximum."""
+
+
+class Calibration(Section):
+    """Text that the Hessians are measured on."""
+
+    sources: tuple[str, ...] = Field(default=("calibration/docs-calib.txt",), strict=False)
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=2048, ge=16)
+    seed: int = 0
+
+
+class Thresholds(Section):
+    """Bounds that turn the measurement into pass or fail; null: not judged."""
+
+    perplexity_ratio: float | None = Field(default=1.03, gt=0, strict=False)
+    kl_divergence: float | None = Field(default=None, gt=0, strict=False)
+    top1_agreement: float | None = Field(default=None, gt=0, le=1, strict=False)
+    decode_tokens_per_second: float | None = Field(default=None, gt=0, strict=False)
+
+
+class Validate(Section):
+    """Stage 4: what the result is measured on."""
+
+    text: str = "calibration/docs-eval.txt"
+    window: int = Field(default=1024, ge=16)
+    """Tokens a window holds."""
+    stride: int = Field(default=512, ge=1)
+    """Tokens from one window's start to the next; window - stride are context only."""
+    max_windows: int | None = Field(default=64, ge=1)
+    device_memory: Size = ByteSize(10 << 30)
+    thresholds: Thresholds = Thresholds()
+
+
+class Publish(Section):
+    """Reserved for the publishing stage."""
+
+    repo: None = None
+
+
+class Limits(Section):
+    """What the conversion may use."""
+
+    device_memory: Size = ByteSize(24 << 30)
+    host_memory: Size = ByteSize(24 << 30)
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; null: one per physical core.  Part of the result's fingerprint."""
+
+
+class Recipe(Section):
+    """All of it."""
+
+    source: Source
+    output: Output
+    dequantize: Dequantize = Dequantize()
+    requantize: Requantize = Requantize()
+    calibration: Calibration = Calibration()
+    validate_: Validate = Field(default=Validate(), alias="validate")
+    publish: Publish = Publish()
+    limits: Limits = Limits()
+
+    def resolved(self) -> dict[str, Any]:
+        """All keys with their values, defaults filled in, as plain YAML/JSON types."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
+    """Read a recipe and apply `a.b=c` overrides; returns it with its text as written.
+
+    Raises RecipeError, in one line, for what cannot be read, parsed or understood.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no recipe: the top level must be a mapping of sections")
+    for override in overrides:
+        _apply(data, override)
+    return parse_recipe(data, str(path)), text
+
+
+def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """Check a recipe given as plain data; `where` names it in messages."""
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_first_error(error)}") from None
+    validate = recipe.validate_
+    if validate.stride > validate.window:
+        raise RecipeError(
+            f"{where}: validate.stride {validate.stride} is larger than"
+            f" validate.window {validate.window}, which would skip text"
+        )
+    return recipe
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set takes key=value, such as requantize.group_size=32; got {override!r}")
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {override}: {parent} is not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not YAML") from None
+
+
+def _first_error(error: ValidationError) -> str:
+    """The first thing wrong, in one line, with the nearest known key for an unknown one."""
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "known here: " + ", ".join(known)
+        return f"unknown key {location!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{location} is missing"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{location}: {message[0].lower()}{message[1:]} (got {first['input']!r})"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        by_name = {f.alias or name: f for name, f in section.model_fields.items()}
+        annotation = by_name[str(part)].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return sorted(f.alias or name for name, f in section.model_fields.items())
