@@ -36,7 +36,7 @@ class AffineScheme:
     symmetric: bool
 
     def group(self, columns: int) -> int:
-        """Columns per group for a matrix with `columns` inputs; ValueError if it does not divide."""
+        """Columns per group of a matrix with `columns` inputs; ValueError if not a divisor."""
         size = columns if self.group_size == -1 else self.group_size
         if size <= 0 or columns % size:
             raise ValueError(f"group size {self.group_size} does not divide {columns} columns")

@@ -1,0 +1,45 @@
+"""Rounding to nearest: every weight to the closest point of its group's grid."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pipeline.quantize.batch import as_batch
+from pipeline.quantize.grid import encode, fit_grid
+from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.precision import full_float32
+from pipeline.quantize.solved import Solved, relative_loss
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+
+
+class RoundToNearest:
+    """Needs no statistics; a Hessian, if given, only measures the loss."""
+
+    name = "rtn"
+    needs_hessian = False
+
+    def quantize(
+        self,
+        weight: Tensor,
+        hessian: Tensor | None,
+        scheme: AffineScheme,
+        options: SolverOptions,
+    ) -> Solved:
+        """See `pipeline.quantize.solved.Quantizer`; uses `options.scale_search` only."""
+        matrices, moments = as_batch(weight, hessian)
+        grid = fit_grid(matrices, scheme, search=options.scale_search)
+        arrays = {
+            "codes": encode(matrices, grid, scheme.bits),
+            "scales": grid.scales,
+            "zeros": grid.zeros,
+        }
+        quantized = QuantizedTensor(scheme, arrays)
+        with full_float32():
+            loss = relative_loss(matrices, quantized.dequantize(), moments)
+        if weight.dim() == 2:
+            return Solved(quantized[0], loss[0])
+        return Solved(quantized, loss)
+
+
+QUANTIZERS.register(RoundToNearest.name, RoundToNearest())
