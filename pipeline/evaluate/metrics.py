@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.errors import CheckpointError, NumericalError
 from pipeline.evaluate.reference import ROWS, Reference, scored_rows
