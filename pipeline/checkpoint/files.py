@@ -1,0 +1,125 @@
+"""Bytes of tensors out of the files of a directory, many at a time; safe to share by threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.index import resolve_inside
+from pipeline.checkpoint.stored import DTYPES, TensorEntry
+from pipeline.errors import CheckpointError
+
+SMALL_BYTES = 32 * 1024
+"""Tensors up to this size are read together with their neighbours."""
+GAP_BYTES = 64 * 1024
+"""Bytes worth reading and dropping to save one call (a matrix's small parts lie a few kB apart)."""
+
+
+class TensorFiles:
+    """Open files of one model directory, read at absolute offsets (pread: no shared position)."""
+
+    def __init__(self, paths: dict[str, str]) -> None:
+        """`paths`: file name as entries give it -> real path."""
+        self._paths = paths
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _close_all, self._descriptors)
+
+    @classmethod
+    def of(cls, directory: Path, files: Sequence[str]) -> TensorFiles:
+        """The files of a directory, each checked to lie inside it."""
+        return cls({file: str(resolve_inside(directory, file)) for file in files})
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        with self._lock:
+            _close_all(self._descriptors)
+
+    def read(self, entries: Sequence[TensorEntry]) -> list[bytes]:
+        """The bytes of each entry, in the order given; meant for small tensors."""
+        found: list[bytes] = [b""] * len(entries)
+        for file, start, stop, members in _runs(entries):
+            blob = bytearray(stop - start)
+            self._fill(file, start, memoryview(blob))
+            for index in members:
+                begin = entries[index].offset - start
+                found[index] = bytes(blob[begin : begin + entries[index].nbytes])
+        return found
+
+    def stack(self, entries: Sequence[TensorEntry]) -> Tensor:
+        """Tensors of equal dtype and shape as one `[N, *shape]` in host memory.
+
+        Raises CheckpointError when a file has become shorter or unreadable.
+        """
+        first = entries[0]
+        if any(e.dtype != first.dtype or e.shape != first.shape for e in entries):
+            raise ValueError(f"{first.name} and others to be stacked differ in dtype or shape")
+        dtype = DTYPES[first.dtype]
+        size = first.nbytes
+        out = torch.empty((len(entries), *first.shape), dtype=dtype)
+        if size:
+            target = out.view(-1).view(torch.uint8).numpy().data
+            if size <= SMALL_BYTES:
+                for index, data in enumerate(self.read(entries)):
+                    target[index * size : (index + 1) * size] = data
+            else:
+                for index, entry in enumerate(entries):
+                    self._fill(entry.file, entry.offset, target[index * size : (index + 1) * size])
+        return out
+
+    def _fill(self, file: str, offset: int, target: memoryview) -> None:
+        descriptor = self._descriptor(file)
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(descriptor, [target[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+            if count == 0:
+                raise CheckpointError(f"{file}: ends before byte {offset + len(target):,}; it has "
+                                      "been changed since it was opened")  # fmt: skip
+            done += count
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            descriptor = self._descriptors.get(file)
+            if descriptor is None:
+                try:
+                    descriptor = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be opened ({error.strerror})") from error
+                self._descriptors[file] = descriptor
+            return descriptor
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
+def _runs(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, int, int, list[int]]]:
+    """(file, start, stop, indices) of byte ranges that hold neighbouring entries."""
+    by_file: dict[str, list[int]] = defaultdict(list)
+    for index, entry in enumerate(entries):
+        by_file[entry.file].append(index)
+    for file, indices in by_file.items():
+        indices.sort(key=lambda i: entries[i].offset)
+        run: list[int] = []
+        start = stop = 0
+        for index in indices:
+            entry = entries[index]
+            if run and entry.offset - stop > GAP_BYTES:
+                yield file, start, stop, run
+                run = []
+            if not run:
+                start = stop = entry.offset
+            run.append(index)
+            stop = max(stop, entry.offset + entry.nbytes)
+        yield file, start, stop, run

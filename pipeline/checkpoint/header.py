@@ -1,0 +1,142 @@
+"""Reading and checking the header of a safetensors file.
+
+The format: 8 bytes little-endian header length n, n bytes of JSON
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}`, then the
+tensors without gaps (https://huggingface.co/docs/safetensors).  Written here, not taken from the
+safetensors package, because that one opens no file that ends after its header, tells little about
+what is wrong, and hands out tensors, not byte ranges.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.stored import DTYPES, TensorEntry
+from pipeline.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
+
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """One file's tensors and where its bytes end."""
+
+    file: str
+    entries: list[TensorEntry]
+    metadata: Mapping[str, str]
+    size: int
+    """Bytes the file has."""
+    data_start: int
+    data_end: int
+    """Bytes the file should have."""
+
+    @property
+    def headers_only(self) -> bool:
+        """Whether the file ends right after a header that lists tensors."""
+        return self.size == self.data_start < self.data_end
+
+
+def read_header(path: Path, file: str) -> FileHeader:
+    """Parse and check one header; `file` is the name to use in entries and errors.
+
+    Raises CheckpointError, naming file and tensor, for everything a header can get wrong: its
+    length, its JSON, names twice, unknown dtypes, shapes that do not make the bytes, ranges that
+    overlap, leave gaps or pass the end of the file.  A file that ends right after its header is
+    allowed (see `FileHeader.headers_only`).
+    """
+    size, text = _header_bytes(path, file)
+    table = _parse(text, file)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _bad(file, "its __metadata__ is not a table of strings")
+    start = 8 + len(text)
+    entries = [_entry(file, name, value, start) for name, value in table.items()]
+    end = _check_ranges(file, entries, start)
+    if size not in (start, end):
+        if size < end:
+            raise _bad(file, f"truncated, {size:,} of {end:,} bytes are there; download it again")
+        raise _bad(file, f"{size - end:,} bytes follow the last tensor; download it again")
+    return FileHeader(file, entries, metadata, size, start, end)
+
+
+def _header_bytes(path: Path, file: str) -> tuple[int, bytes]:
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            head = stream.read(8)
+            if len(head) < 8:
+                raise _bad(file, f"{size} bytes are too few for a safetensors file")
+            (length,) = struct.unpack("<Q", head)
+            if length > MAX_HEADER_BYTES:
+                raise _bad(file, f"header length {length:,} is absurd; not a safetensors file?")
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    if len(text) < length:
+        raise _bad(file, f"truncated within its header ({size:,} bytes); download it again")
+    return size, text
+
+
+def _parse(text: bytes, file: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise _bad(file, f"{twice} is listed twice in its header")
+        return table
+
+    try:
+        table = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _bad(file, "its header is not JSON; not a safetensors file?") from error
+    if not isinstance(table, dict):
+        raise _bad(file, "its header is not a table of tensors")
+    return table
+
+
+def _entry(file: str, name: str, value: dict[str, Any], start: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError) as error:
+        raise _bad(file, f"{name} has no proper dtype, shape and data_offsets") from error
+    if not whole or begin > end:
+        raise _bad(file, f"{name} has impossible numbers (shape {shape}, bytes {begin}:{end})")
+    item = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if item is None:
+        raise _bad(file, f"{name} has unknown dtype {dtype!r}")
+    if math.prod(shape) * item != end - begin:
+        raise _bad(
+            file, f"{name} is {dtype} {shape}, {math.prod(shape) * item:,} bytes, in a range of "
+            f"{end - begin:,}"
+        )  # fmt: skip
+    return TensorEntry(name, file, dtype, tuple(shape), start + begin, end - begin)
+
+
+def _check_ranges(file: str, entries: list[TensorEntry], start: int) -> int:
+    """End of the data, once every byte between header and end belongs to exactly one tensor."""
+    position = start
+    previous = ""
+    for entry in sorted(entries, key=lambda e: (e.offset, e.nbytes)):
+        if entry.offset < position:
+            raise _bad(file, f"{entry.name} overlaps {previous}")
+        if entry.offset > position:
+            raise _bad(file, f"{entry.offset - position:,} bytes before {entry.name} are no tensor")
+        position += entry.nbytes
+        previous = entry.name
+    return position
+
+
+def _bad(file: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{file}: {what}")

@@ -1,0 +1,149 @@
+"""Which files of a directory hold the model: model.safetensors.index.json, and its safety.
+
+A directory may be a Hugging Face cache snapshot, whose files are links into ../../blobs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.checkpoint.stored import TensorEntry
+from pipeline.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files that hold the model, and the index's map where there is an index."""
+
+    files: list[str]
+    weight_map: Mapping[str, str] | None
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON table of the directory; CheckpointError when missing, not JSON or not a table."""
+    try:
+        text = resolve_inside(directory, name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{directory}: {name} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name}: not UTF-8 text") from error
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: not JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{name}: a table was expected")
+    return table
+
+
+def read_layout(directory: Path) -> Layout:
+    """The model's files by its index, or the single model.safetensors.
+
+    Raises CheckpointError when there is neither, when the index is malformed, or when it names a
+    file that is missing, lies outside the directory or is not safetensors.
+    """
+    if (directory / INDEX_NAME).exists():
+        table = read_json(directory, INDEX_NAME).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
+        files = set()
+        for tensor, file in table.items():
+            if not isinstance(file, str):
+                raise CheckpointError(f"{INDEX_NAME}: {tensor} is mapped to no file name")
+            files.add(file)
+        for file in sorted(files):
+            _check_name(file)
+            resolve_inside(directory, file)
+        return Layout(sorted(files), table)
+    if (directory / SINGLE_NAME).exists():
+        resolve_inside(directory, SINGLE_NAME)
+        return Layout([SINGLE_NAME], None)
+    raise _no_model(directory)
+
+
+def resolve_inside(directory: Path, file: str) -> Path:
+    """The real path of a file of the directory.
+
+    Raises CheckpointError when it is missing or leads outside the directory; a link may lead into
+    the blobs of the same Hugging Face cache folder (`models--org--name`), nowhere else.
+    """
+    relative = PurePosixPath(file)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in file or "\0" in file:
+        raise CheckpointError(f"{file}: lies outside the model directory; refused")
+    try:
+        real = (directory / relative).resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file}: not in {directory}; download the model again, completely"
+        ) from error
+    root = directory.resolve()
+    allowed = [root]
+    for parent in (root, *root.parents):
+        if parent.name.startswith("models--") and (parent / "snapshots") in (root, *root.parents):
+            allowed.append(parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{file}: a link to {real}, outside the model directory; refused")
+    return real
+
+
+def check_against(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
+    """Index and headers must name the same tensors in the same files; CheckpointError if not."""
+    for tensor, file in weight_map.items():
+        entry = entries.get(tensor)
+        if entry is None:
+            raise CheckpointError(
+                f"{INDEX_NAME}: {tensor} is said to be in {file}, whose header has no such tensor"
+            )
+        if entry.file != file:
+            raise CheckpointError(
+                f"{INDEX_NAME}: {tensor} is said to be in {file}, but is in {entry.file}"
+            )
+    if len(weight_map) != len(entries):
+        extra = next(name for name in entries if name not in weight_map)
+        raise CheckpointError(
+            f"{entries[extra].file}: {extra} is not listed in {INDEX_NAME}; the files are not "
+            "of one model"
+        )
+
+
+def build_index(files: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Contents of the index: `files` maps each file to its tensors and their bytes."""
+    weight_map = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    total = sum(sum(tensors.values()) for tensors in files.values())
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _check_name(file: str) -> None:
+    if file.endswith(PICKLES):
+        raise CheckpointError(
+            f"{file}: a pickle can run code when read; convert the model to safetensors first"
+        )
+    if not file.endswith(".safetensors"):
+        raise CheckpointError(f"{INDEX_NAME}: {file} is not a safetensors file")
+
+
+def _no_model(directory: Path) -> CheckpointError:
+    if not directory.is_dir():
+        return CheckpointError(f"{directory}: not a directory")
+    names = sorted(path.name for path in directory.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES) and "model" in name]
+    if pickles:
+        return CheckpointError(
+            f"{pickles[0]}: a pickle can run code when read; convert the model to safetensors first"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return CheckpointError(f"{directory}: a GGUF file, not a Hugging Face model directory")
+    if any(name.endswith(".safetensors") for name in names):
+        return CheckpointError(f"{directory}: {INDEX_NAME} is missing; download it too")
+    return CheckpointError(f"{directory}: holds no {INDEX_NAME} and no {SINGLE_NAME}")

@@ -1,0 +1,260 @@
+"""A model directory, opened by its headers and read by the name of the dense tensor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.files import TensorFiles
+from pipeline.checkpoint.formats import FORMATS
+from pipeline.checkpoint.header import FileHeader, read_header
+from pipeline.checkpoint.index import check_against, read_json, read_layout, resolve_inside
+from pipeline.checkpoint.stored import State, StorageFormat, StoredWeight, TensorEntry
+from pipeline.checkpoint.summary import Summary, summarise
+from pipeline.errors import CheckpointError
+
+LEGACY_CONFIG = "quantize_config.json"
+"""Where AutoGPTQ kept what now stands in config.json's quantization_config."""
+
+
+class Checkpoint:
+    """What is on disk, read lazily; one instance may be used by several threads.
+
+    path: the directory.  config: config.json.  entries: every stored tensor by its stored name.
+    weights: every logical tensor by the name a dense checkpoint gives it
+    (`model.layers.0.mlp.experts.17.gate_proj.weight`, `model.norm.weight`).  headers_only: the
+    files end after their headers, so that sizes are known but nothing can be loaded.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], headers: Mapping[str, FileHeader]
+    ) -> None:
+        """Use `Checkpoint.open`, which checks what this takes for granted."""
+        self.path = path
+        self.config = config
+        self.headers = headers
+        self.headers_only = any(header.headers_only for header in headers.values())
+        self.entries = _merge(headers.values())
+        self._storage: dict[str, StorageFormat] = {}
+        self._weights = self._claim()
+        self._files = TensorFiles.of(path, list(headers))
+
+    @property
+    def weights(self) -> Mapping[str, StoredWeight]:
+        """Every logical tensor by its dense name."""
+        return self._weights
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Read all headers and check everything that headers can show.
+
+        Raises CheckpointError, one line naming file or tensor, for files missing, truncated or
+        outside the directory, headers malformed, index and headers at odds, and weights with
+        parts missing, left over or of an unknown kind.
+        """
+        path = Path(path)
+        layout = read_layout(path)
+        config = _read_config(path)
+        headers = [read_header(resolve_inside(path, file), file) for file in layout.files]
+        _check_completeness(headers)
+        checkpoint = cls(path, config, {header.file: header for header in headers})
+        if layout.weight_map is not None:
+            check_against(layout.weight_map, checkpoint.entries)
+        return checkpoint
+
+    def _claim(self) -> dict[str, StoredWeight]:
+        """Ask every format for its weights; what is left over is an error of the last one's."""
+        weights: dict[str, StoredWeight] = {}
+        remaining = dict(self.entries)
+        for member in sorted((FORMATS[name] for name in FORMATS), key=lambda f: f.rank):
+            for weight in member.claim(remaining, self.config):
+                other = weights.setdefault(weight.name, weight)
+                if other is not weight:
+                    raise CheckpointError(
+                        f"{self.path}: {weight.name} is stored twice, as {other.format} and as "
+                        f"{weight.format}"
+                    )
+                self._storage[weight.format] = member
+                if weight.known is None:
+                    weight.resolve = self._read_state
+                for part in weight.parts.values():
+                    del remaining[part.name]
+        return weights
+
+    def load(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """One dense tensor; see `load_stack`."""
+        return self.load_stack([name], device, dtype)[0]
+
+    def load_stack(
+        self,
+        names: Sequence[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Dense tensors of equal shape as `[N, *shape]` on `device`.
+
+        Packed bytes travel to the device and are decoded there, all matrices of one layout in one
+        call.  Values are decoded to the dtype the source was quantised from and then rounded to
+        `dtype`, so that what is asked for changes no value beyond that rounding.
+
+        Raises CheckpointError for a name that is not there, stored descriptions that are
+        malformed, shapes that differ, or a directory of headers only; NumericalError for NaN, Inf.
+        """
+        weights = self._find(names)
+        self._resolve(weights)
+        groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for index, weight in enumerate(weights):
+            groups[self._layout(weight)].append(index)
+        first = _known(weights[0])
+        for weight in weights:
+            state = _known(weight)
+            if state.shape != first.shape or (dtype is None and state.dtype != first.dtype):
+                raise CheckpointError(
+                    f"{weight.name} is {state.dtype} {list(state.shape)}, but {weights[0].name}, "
+                    f"to be stacked with it, is {first.dtype} {list(first.shape)}"
+                )
+        dtype = dtype or first.dtype
+        decoded = [self._decode([weights[i] for i in group], device) for group in groups.values()]
+        if len(decoded) == 1:
+            return decoded[0].to(dtype)
+        out = torch.empty((len(weights), *first.shape), dtype=dtype, device=device)
+        for group, values in zip(groups.values(), decoded, strict=True):
+            out[torch.tensor(group, device=device)] = values.to(dtype)
+        return out
+
+    def load_parts(
+        self, names: Sequence[str], device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """The stored parts of equally laid out weights, undecoded: part -> `[N, *part shape]`."""
+        weights = self._find(names)
+        self._resolve(weights)
+        odd = next((w for w in weights if self._layout(w) != self._layout(weights[0])), None)
+        if odd is not None:
+            raise CheckpointError(f"{odd.name} is not laid out as {weights[0].name}")
+        return self._parts(weights, device)
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor by its stored name (`...qweight`), as it is, on the CPU."""
+        if name not in self.entries:
+            raise CheckpointError(f"{self.path}: no tensor is stored as {name}")
+        self._require_data()
+        return self._files.stack([self.entries[name]])[0]
+
+    def check_states(self, names: Iterable[str] | None = None) -> None:
+        """Read and check every stored description now (one per matrix), not at first use.
+
+        Raises CheckpointError for the first malformed one; does nothing on headers only.
+        """
+        if not self.headers_only:
+            chosen = self.weights.values() if names is None else self._find(list(names))
+            self._resolve([weight for weight in chosen if weight.known is None])
+
+    def describe(self) -> Summary:
+        """Formats, bytes, experts, layers and oddities, from headers alone."""
+        return summarise(self.weights, self.config, self.headers)
+
+    def close(self) -> None:
+        """Close the files; a later load opens them again."""
+        self._files.close()
+
+    def _find(self, names: Sequence[str]) -> list[StoredWeight]:
+        if not names:
+            raise ValueError("no tensor names given")
+        self._require_data()
+        missing = next((name for name in names if name not in self.weights), None)
+        if missing is not None:
+            raise CheckpointError(f"{self.path}: has no tensor {missing}")
+        return [self.weights[name] for name in names]
+
+    def _require_data(self) -> None:
+        if self.headers_only:
+            raise CheckpointError(
+                f"{self.path}: holds headers only, no weights; it can be planned with, not loaded"
+            )
+
+    def _read_state(self, weight: StoredWeight) -> State | None:
+        if self.headers_only:
+            return None
+        self._resolve([weight])
+        return weight.known
+
+    def _resolve(self, weights: Sequence[StoredWeight]) -> None:
+        """Read the descriptions that are tensor bytes, together where they lie together."""
+        todo = [weight for weight in weights if weight.known is None]
+        entries = []
+        for weight in todo:
+            part = self._storage[weight.format].state_part(weight)
+            assert part is not None, f"{weight.format} knows no state of {weight.name}"
+            entries.append(weight.parts[part])
+        for weight, data in zip(todo, self._files.read(entries), strict=True):
+            weight.known = self._storage[weight.format].parse_state(weight, data)
+
+    def _parts(
+        self, weights: Sequence[StoredWeight], device: torch.device | str
+    ) -> dict[str, Tensor]:
+        skipped = self._storage[weights[0].format].state_part(weights[0])
+        return {
+            part: self._files.stack([weight.parts[part] for weight in weights]).to(device)
+            for part in weights[0].parts
+            if part != skipped
+        }
+
+    def _layout(self, weight: StoredWeight) -> tuple[Any, ...]:
+        """Equal for weights that can be read and decoded together."""
+        state = _known(weight)
+        skipped = self._storage[weight.format].state_part(weight)
+        parts = tuple(
+            (part, entry.dtype, entry.shape)
+            for part, entry in weight.parts.items()
+            if part != skipped
+        )
+        return weight.format, state.shape, state.dtype, state.stack_key, parts
+
+    def _decode(self, weights: Sequence[StoredWeight], device: torch.device | str) -> Tensor:
+        storage = self._storage[weights[0].format]
+        return storage.decode(weights, _known(weights[0]), self._parts(weights, device))
+
+
+def _known(weight: StoredWeight) -> State:
+    assert weight.known is not None, f"{weight.name} has not been resolved"
+    return weight.known
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, "config.json")
+    if "quantization_config" not in config and (path / LEGACY_CONFIG).exists():
+        legacy = read_json(path, LEGACY_CONFIG)
+        config["quantization_config"] = {"quant_method": "gptq", **legacy}
+    return config
+
+
+def _check_completeness(headers: Sequence[FileHeader]) -> None:
+    """Either every file has its data or none has."""
+    empty = [header.file for header in headers if header.headers_only]
+    whole = [header.file for header in headers if header.size == header.data_end]
+    if empty and len(whole) + len(empty) == len(headers) and any(
+        header.data_end > header.data_start for header in headers if not header.headers_only
+    ):  # fmt: skip
+        raise CheckpointError(
+            f"{empty[0]}: truncated after its header, while {whole[0]} is whole; download it again"
+        )
+
+
+def _merge(headers: Iterable[FileHeader]) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for header in headers:
+        for entry in header.entries:
+            other = entries.setdefault(entry.name, entry)
+            if other is not entry:
+                raise CheckpointError(
+                    f"{entry.file}: {entry.name} is in {other.file} too; the files are not of one "
+                    "model"
+                )
+    return entries
