@@ -29,9 +29,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.checkpoint.writer import write_safetensors
 from pipeline.errors import CheckpointError, NumericalError
 from pipeline.evaluate.windows import Windows
 
@@ -77,7 +77,7 @@ class Reference:
     def metadata(self) -> dict[str, str]:
         """What the file says about itself (safetensors metadata)."""
         return {
-            "format": FORMAT,
+            "record": FORMAT,
             "top_k": str(self.top_k),
             "vocabulary": str(self.vocabulary),
             "window_length": str(self.windows.length),
@@ -100,7 +100,7 @@ class Reference:
             "log_rest": self.log_rest,
             "target": self.target,
         }
-        save_file(tensors, str(path), self.metadata())
+        write_safetensors(path, tensors, self.metadata())
 
     @classmethod
     def load(cls, path: Path) -> Reference:
@@ -114,7 +114,7 @@ class Reference:
                 f"{path}: cannot read the validation reference ({error}): "
                 "run validate with --source"
             ) from error
-        if labels.get("format") != FORMAT:
+        if labels.get("record") != FORMAT:
             raise CheckpointError(
                 f"{path}: not a validation reference of format {FORMAT}: run validate with --source"
             )

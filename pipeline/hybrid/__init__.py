@@ -1,0 +1,5 @@
+"""Running a quantised mixture-of-experts model: experts in RAM, everything else on a small GPU."""
+
+from pipeline.hybrid.loader import load
+
+__all__ = ["load"]

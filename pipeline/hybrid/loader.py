@@ -1,0 +1,276 @@
+"""A transformers model from an output directory of this pipeline, or any of its layout.
+
+The skeleton comes from the config on the meta device; then every file is read once, matrix by
+matrix, and what is read goes to its final place: dense tensors and quantised linear layers to the
+GPU if there is one, routed experts into RAM in the layout their back end multiplies by.  At no time
+is a second copy of more than one layer's experts in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from pipeline.checkpoint import Checkpoint, StoredWeight
+from pipeline.checkpoint.names import expert_of, natural
+from pipeline.errors import CheckpointError, ResourceError, UserError
+from pipeline.hybrid.backends import Matrices
+from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
+from pipeline.hybrid.stored import is_quantized, read_quantized, stack_rows, to_matrices
+from pipeline.models import Architecture
+from pipeline.models.architecture import Geometry
+from pipeline.models.skeleton import (
+    architecture_of,
+    assign,
+    build_skeleton,
+    model_config,
+    rotary_embedding,
+)
+from pipeline.quantize.tensor import QuantizedTensor
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    path: Path | str,
+    *,
+    device_memory: str | int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PreTrainedModel:
+    """Load a directory for inference; `generate`, `forward` and the rest work as usual.
+
+    device_memory: bytes, or a size such as "10GiB", that weights outside the experts may take on
+    the GPU; kept to without a GPU too, so that a promise made on one machine holds on another.
+    device: where all but the experts goes; by default the first GPU if there is one.
+    dtype: of activations and dense tensors, bfloat16, or float32 (exact, and slow on experts).
+
+    The model gains `hybrid_placement` (where things are, bytes, back ends, load seconds) and
+    `hybrid_quantization` (config.json's quantization_config, which transformers must not see).
+
+    Raises UserErrors: CheckpointError for a directory that is damaged, of an unknown architecture
+    or without GPTQ experts, ResourceError when the device's memory does not suffice.
+    """
+    started = time.perf_counter()
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise UserError(f"dtype {dtype} is not supported: use torch.bfloat16 or torch.float32")
+    limit = _parse_size(device_memory)
+    target = _choose_device(device)
+    checkpoint = Checkpoint.open(path)
+    loader = _Loader(checkpoint, target, dtype)
+    loader.check_memory(limit)
+    with torch.inference_mode(False), torch.no_grad():
+        loader.fill()
+    checkpoint.close()
+    model = loader.model
+    model.hybrid_quantization = checkpoint.config.get("quantization_config") or {}  # type: ignore[assignment]
+    model.hybrid_placement = {  # type: ignore[assignment]
+        **loader.placement(),
+        "device_memory_limit": limit,
+        "load_seconds": time.perf_counter() - started,
+    }
+    model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
+    return model
+
+
+class _Loader:
+    """One load: the skeleton being filled, and what is counted on the way."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        where = str(checkpoint.path)
+        self.architecture: Architecture = architecture_of(checkpoint.config, where)
+        try:
+            self.geometry: Geometry = self.architecture.geometry(checkpoint.config)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{where}: config.json lacks or garbles {error}") from error
+        self.model = build_skeleton(model_config(checkpoint.config), dtype)
+        self.linears: list[StoredWeight] = []
+        self.dense: list[StoredWeight] = []
+        self._sort_weights()
+        self._backends: dict[str, Counter[str]] = {"experts": Counter(), "linears": Counter()}
+        self._bytes = {"experts": 0, "quantized_linears": 0, "dense": 0}
+        self._rounded: list[str] = []
+
+    def _sort_weights(self) -> None:
+        """Which weights outside the experts stay quantised, which are dense, which are not ours."""
+        ignored = [re.compile(p) for p in self.model._keys_to_ignore_on_load_unexpected or ()]
+        modules = dict(self.model.named_modules())
+        for name in sorted(self.checkpoint.weights, key=natural):
+            weight = self.checkpoint.weights[name]
+            if any(pattern.search(name) for pattern in ignored) or expert_of(name):
+                continue
+            linear = isinstance(modules.get(name.removesuffix(".weight")), nn.Linear)
+            (self.linears if linear and is_quantized(weight) else self.dense).append(weight)
+
+    def check_memory(self, limit: int | None) -> None:
+        """ResourceError when what goes to the device is more than `limit` or than is free."""
+        need = sum(weight.nbytes for weight in self.linears)
+        need += sum(weight.elements for weight in self.dense) * self.dtype.itemsize
+        gib = f"{need / 2**30:.2f} GiB"
+        if limit is not None and need > limit:
+            raise ResourceError(
+                f"{self.checkpoint.path}: weights outside the experts need {gib} on the device, "
+                f"device_memory allows {limit / 2**30:.2f} GiB: allow {need:,} bytes or more"
+            )
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if need > free:
+                raise ResourceError(
+                    f"{self.checkpoint.path}: weights outside the experts need {gib}, "
+                    f"{free / 2**30:.2f} GiB are free on {self.device}: "
+                    "free some, or use device cpu"
+                )
+
+    def fill(self) -> None:
+        """Give every module of the skeleton its weights."""
+        for layer in self.geometry.moe_layers:  # so that nobody looks for these parameters
+            self._place(self._experts_name(layer), nn.Identity())
+        for weight in self.linears:
+            self._fill_linear(weight)
+        self._fill_dense()
+        for layer in self.geometry.moe_layers:
+            self._fill_experts(layer)
+        if self._rounded:
+            log.info(
+                "scales of %d weights, %s first, were rounded to bfloat16 (up to 0.4 %%)",
+                len(self._rounded),
+                self._rounded[0],
+            )
+        path = self.checkpoint.path
+        self.model.config.name_or_path = self.model.name_or_path = str(path)
+        if (path / "generation_config.json").exists():
+            self.model.generation_config = GenerationConfig.from_pretrained(path)
+        everything = (*self.model.named_parameters(), *self.model.named_buffers())
+        lost = [name for name, tensor in everything if tensor.is_meta]
+        if lost:
+            raise CheckpointError(f"{path}: {lost[0]} and {len(lost) - 1} more have no weights")
+
+    def placement(self) -> dict[str, Any]:
+        """For reports: plain strings and numbers."""
+        layers = {str(layer): "cpu" for layer in self.geometry.moe_layers}
+        return {
+            "device": str(self.device),
+            "bytes": {**self._bytes},
+            "experts": layers,
+            "backends": {kind: dict(counts) for kind, counts in self._backends.items()},
+        }
+
+    def _fill_linear(self, weight: StoredWeight) -> None:
+        module = weight.name.removesuffix(".weight")
+        old = self.model.get_submodule(module)
+        assert isinstance(old, nn.Linear), f"{module} was sorted as a linear layer"
+        rows, columns = old.out_features, old.in_features
+        self._check_shape(weight.name, (rows, columns))
+        matrix = self._pack(
+            "linears", module, read_quantized(self.checkpoint, [weight.name], self.device)
+        )
+        self._bytes["quantized_linears"] += matrix.nbytes
+        # the bias, if any, stays on meta here and comes with the dense tensors
+        self._place(module, QuantizedLinear(matrix, rows, columns, old.bias))
+
+    def _fill_dense(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for weight in self.dense:
+            tensors[weight.name] = self.checkpoint.load(weight.name, self.device, self.dtype)
+            self._bytes["dense"] += tensors[weight.name].nbytes
+        head = f"{self.architecture.head}.weight"
+        tied = self.model.config.tie_word_embeddings and head not in tensors
+        if tied:
+            tensors[head] = tensors[f"{self.architecture.embedding}.weight"]
+        assign(self.model, tensors)
+        if tied:
+            self.model.tie_weights()
+        rotary = rotary_embedding(self.model, self.device)
+        self.model.model.rotary_emb = rotary
+
+    def _fill_experts(self, layer: int) -> None:
+        """Read a layer's experts, each kind of matrix as one batch, and pack them."""
+        architecture, geometry = self.architecture, self.geometry
+        cpu = torch.device("cpu")
+
+        def read(projection: str, shape: tuple[int, int]) -> QuantizedTensor:
+            names = [
+                architecture.expert_module(layer, expert, projection) + ".weight"
+                for expert in range(geometry.experts)
+            ]
+            self._check_expert(names[0])
+            self._check_shape(names[0], shape)
+            return read_quantized(self.checkpoint, names, cpu)
+
+        wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
+        name = self._experts_name(layer)
+        gate_up = self._pack(
+            "experts",
+            name,
+            stack_rows(read(architecture.gate, wide), read(architecture.up, wide), name),
+        )
+        down = self._pack("experts", name, read(architecture.down, narrow))
+        module = HybridExperts(gate_up, down, geometry.experts, architecture.activation)
+        self._bytes["experts"] += module.nbytes
+        self._place(name, module)
+
+    def _pack(self, kind: str, name: str, quantized: QuantizedTensor) -> Matrices:
+        backend, matrices = to_matrices(quantized, self.dtype)
+        self._backends[kind][backend] += 1
+        if matrices.rounded_scales:
+            self._rounded.append(name)
+        return matrices
+
+    def _check_expert(self, name: str) -> None:
+        weight = self.checkpoint.weights.get(name)
+        if weight is None:
+            raise CheckpointError(f"{self.checkpoint.path}: has no tensor {name}")
+        if not is_quantized(weight):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: experts are stored as {weight.format}, "
+                "the hybrid runtime reads GPTQ: requantise the model first"
+            )
+
+    def _check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        found = self.checkpoint.weights[name].shape
+        if found != shape:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name} is {list(found or ())}, "
+                f"config.json asks for {list(shape)}"
+            )
+
+    def _experts_name(self, layer: int) -> str:
+        return self.architecture.layer_prefix(layer) + self.architecture.experts
+
+    def _place(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, module.eval())
+
+
+def _choose_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        if not torch.cuda.is_available():
+            log.info("no GPU found: the whole model runs on the CPU")
+            return torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device)
+
+
+def _parse_size(size: str | int | None) -> int | None:
+    if size is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError as error:
+        raise UserError(f"device_memory {size!r} is not a size: use one such as 10GiB") from error
+
+
+def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
+    raise UserError("a hybrid model cannot be saved: its directory is already on disk, copy that")
