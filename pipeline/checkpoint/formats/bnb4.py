@@ -217,7 +217,8 @@ class Bnb4:
             )
         offsets = [w.state.details.offset for w in weights if w.state is not None]
         values += torch.tensor(offsets, dtype=torch.float32, device=values.device)[:, None]
-        return values[:, :count]
+        # bitsandbytes takes addresses and asks for no strides
+        return values[:, :count].contiguous()
 
 
 def _decode_blocks(packed: Tensor, absmax: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:

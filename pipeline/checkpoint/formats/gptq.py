@@ -1,0 +1,290 @@
+"""GPTQ as AutoGPTQ laid it out: integer words packed along the input dimension.
+
+Stored per module M with weight [out, in], `bits` b, groups G and P = 32 / b codes a word:
+  M.qweight  I32 [in / P, out]   word r of a column holds inputs r*P ... r*P+P-1, lowest bits first
+  M.scales   F16 [G, out]
+  M.qzeros   I32 [G, out / P]    packed along out; version 1 stores zero - 1, version 2 the zero
+  M.g_idx    I32 [in]            group of each input; i // group size unless act-order was used
+weight[o, i] = scales[g_idx[i], o] * (code[o, i] - zero[g_idx[i], o])
+
+Version 1 (`checkpoint_format: gptq`) cannot hold the zero 0: the subtraction would borrow from the
+neighbouring code.  A stored 2**bits - 1 means the zero 2**bits, on which readers disagree (some
+mask the sum).  So zeros 1 ... 2**bits - 1 are written; the other is understood when read.
+Packing goes through bytes (low nibble first within a byte, low byte first within a word), which
+touches each code once and needs no 32-bit copies of them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.finite import require_finite
+from pipeline.checkpoint.formats import FORMATS
+from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry, missing_part
+from pipeline.errors import CheckpointError
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+
+BITS = (2, 4, 8)
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+DECODE_ELEMENTS = 1 << 26
+"""Elements decoded at a time (four float32 temporaries of this size)."""
+
+_LAYER = re.compile(r"\\.layers\\.\d+\\.")
+_RELATIVE = re.compile(r"^.*\.layers\.\d+\.")
+
+assert sys.byteorder == "little", "words are assembled from bytes"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one GPTQ matrix is packed."""
+
+    bits: int
+    groups: int
+    version: int
+    """1: qzeros hold zero - 1; 2: the zero."""
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 `[..., n]` with values below 2**bits -> int32 `[..., n * bits / 32]`, first lowest."""
+    per_byte = 8 // bits
+    packed = codes[..., ::per_byte].contiguous()
+    for i in range(1, per_byte):
+        packed |= codes[..., i::per_byte] << (bits * i)
+    return packed.view(torch.int32)
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack_words`: int32 `[..., m]` -> uint8 `[..., m * 32 / bits]`."""
+    data = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return data
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+    codes: Tensor = (data.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)
+
+
+def pack(quantized: QuantizedTensor, version: int = 1) -> dict[str, Tensor]:
+    """Parts of one matrix or of a batch: leading dimensions of the arrays stay in front.
+
+    Arrays as AffineScheme says (`codes [..., out, in]`); in and out must be multiples of
+    32 / bits, group sizes divide in.  Raises ValueError for zeros the version cannot hold.
+    """
+    scheme = quantized.scheme
+    codes, scales, zeros = (quantized.arrays[k] for k in ("codes", "scales", "zeros"))
+    *batch, rows, columns = codes.shape
+    group = scheme.group(columns)
+    low, high = (1 if version == 1 else 0), 2**scheme.bits - 1
+    if zeros.numel() and (int(zeros.min()) < low or int(zeros.max()) > high):
+        raise ValueError(f"GPTQ version {version} stores zeros {low} to {high} only")
+    words = 32 // scheme.bits
+    if rows % words or columns % words:
+        raise ValueError(f"[{rows}, {columns}] cannot be packed into words of {words} codes")
+    index = torch.arange(columns, dtype=torch.int32, device=codes.device) // group
+    stored = zeros.transpose(-1, -2) - (1 if version == 1 else 0)
+    return {
+        "qweight": pack_words(codes.contiguous(), scheme.bits).transpose(-1, -2).contiguous(),
+        "qzeros": pack_words(stored.contiguous(), scheme.bits),
+        "scales": scales.transpose(-1, -2).to(torch.float16).contiguous(),
+        "g_idx": index.expand(*batch, columns).contiguous(),
+    }
+
+
+def unpack(parts: Mapping[str, Tensor], scheme: AffineScheme, version: int = 1) -> QuantizedTensor:
+    """Inverse of `pack`, for one matrix or a batch with leading dimensions.
+
+    Raises CheckpointError where g_idx is not i // group (act-order: such matrices can be decoded,
+    see `Gptq.decode`, but are no AffineScheme) scales are not
+    representable in float16, or a zero is out of range.
+    """
+    codes = unpack_words(parts["qweight"].transpose(-1, -2), scheme.bits)
+    columns = codes.shape[-1]
+    group = scheme.group(columns)
+    if "g_idx" in parts:
+        trivial = torch.arange(columns, device=codes.device) // group
+        if not bool((parts["g_idx"] == trivial).all()):
+            raise CheckpointError(
+                "g_idx is not in order (the model was quantised with act-order storage); it can "
+                "be decoded, not kept packed"
+            )
+    zeros = unpack_words(parts["qzeros"], scheme.bits)
+    if version == 1:
+        if scheme.bits == 8 and bool((zeros == 255).any()):
+            raise CheckpointError(
+                "qzeros hold 255 in version 1, the zero 256; no zero is that large"
+            )
+        zeros = zeros + 1
+    stored = parts["scales"]
+    scales = stored.to(torch.float16)
+    if stored.dtype != torch.float16 and not torch.equal(scales.to(stored.dtype), stored):
+        raise CheckpointError(f"scales of type {stored.dtype} do not fit into float16")
+    arrays = {
+        "codes": codes,
+        "scales": scales.transpose(-1, -2).contiguous(),
+        "zeros": zeros.transpose(-1, -2).contiguous(),
+    }
+    return QuantizedTensor(scheme, arrays)
+
+
+def quantization_config(
+    scheme: AffineScheme, quantized: Sequence[str], skipped: Sequence[str], meta: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json, telling every reader what is left dense.
+
+    quantized: module names relative to a decoder layer that are packed, by prefix, such as
+    "mlp.experts".  skipped: full names of all linear modules that are not.  Readers look in
+    different places: GPTQModel and vLLM at `dynamic` (regular expressions; "-:" means leave
+    alone) and `modules_in_block_to_quantize`, transformers at `modules_to_not_convert`.
+    """
+    patterns = sorted(
+        {_LAYER.sub(lambda _: r"\.layers\.\d+\.", re.escape(name)) for name in skipped}
+    )
+    relative = sorted({_RELATIVE.sub("", name) for name in skipped})
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": {f"-:^{pattern}$": {} for pattern in patterns},
+        "modules_in_block_to_quantize": [list(quantized)],
+        "modules_to_not_convert": relative,
+        "meta": dict(meta),
+    }
+
+
+class Gptq:
+    """AutoGPTQ versions 1 and 2, at 2, 4 and 8 bits."""
+
+    name = "gptq"
+    rank = 30
+
+    def claim(
+        self, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]
+    ) -> list[StoredWeight]:
+        """Weights by their qweight where config.json says gptq; CheckpointError for loose parts."""
+        settings = config.get("quantization_config") or {}
+        if settings.get("quant_method") != "gptq":
+            return []
+        version = 2 if settings.get("checkpoint_format") == "gptq_v2" else 1
+        weights = [
+            self._weight(name.removesuffix(".qweight"), entries, settings.get("bits"), version)
+            for name in entries
+            if name.endswith(".qweight")
+        ]
+        claimed = {part.name for weight in weights for part in weight.parts.values()}
+        for name, entry in entries.items():
+            if name.endswith((".qzeros", ".scales", ".g_idx")) and name not in claimed:
+                raise missing_part(name.rpartition(".")[0], "qweight", entry.file)
+        return weights
+
+    def _weight(
+        self,
+        module: str,
+        entries: Mapping[str, TensorEntry],
+        said_bits: Any,  # noqa: ANN401  (as the config has it)
+        version: int,
+    ) -> StoredWeight:
+        parts = {p: entries[f"{module}.{p}"] for p in PARTS if f"{module}.{p}" in entries}
+        packed = parts["qweight"]
+        for part in ("qzeros", "scales"):
+            if part not in parts:
+                raise missing_part(module, part, packed.file)
+        if any(len(parts[part].shape) != 2 for part in PARTS[:3]):
+            raise CheckpointError(f"{packed.file}: {module} is packed in no known way")
+        words, rows = packed.shape
+        bits = said_bits
+        if "g_idx" in parts and words:  # the tensors know better than the config: it has exceptions
+            bits = words * 32 / parts["g_idx"].nbytes * 4
+        if bits not in BITS:
+            raise CheckpointError(
+                f"{packed.file}: {module} is packed with {bits} bits; {BITS} can be read"
+            )
+        bits = int(bits)
+        columns = words * 32 // bits
+        groups = parts["scales"].shape[0]
+        expected = {
+            "qweight": (("I32",), (words, rows)),
+            "qzeros": (("I32",), (groups, rows * bits // 32)),
+            "scales": (("F16", "BF16", "F32"), (groups, rows)),
+            "g_idx": (("I32",), (columns,)),
+        }
+        for part, entry in parts.items():
+            dtypes, shape = expected[part]
+            if entry.dtype not in dtypes or entry.shape != shape or not groups:
+                raise CheckpointError(
+                    f"{entry.file}: {entry.name} is {entry.dtype} {list(entry.shape)}; "
+                    f"{dtypes[0]} {list(shape)} was expected"
+                )
+        if "g_idx" not in parts and columns % groups:
+            raise CheckpointError(
+                f"{packed.file}: {module} has {groups} groups for {columns} inputs and no g_idx"
+            )
+        dtype = DTYPES[parts["scales"].dtype]
+        details = Packing(bits, groups, version)
+        state = State((rows, columns), dtype, (bits, groups, version), details)
+        return StoredWeight(f"{module}.weight", self.name, parts, rows * columns, state)
+
+    def state_part(self, weight: StoredWeight) -> str | None:
+        """None: headers and config say all."""
+        return None
+
+    def parse_state(self, weight: StoredWeight, data: bytes) -> State:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def decode(
+        self, weights: Sequence[StoredWeight], state: State, parts: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Dense `[N, out, in]` in the scales' dtype, for any g_idx, in or out of order."""
+        require_finite(parts["scales"], [weight.name for weight in weights], "scales")
+        packing: Packing = state.details
+        rows, columns = state.shape
+        device = parts["qweight"].device
+        out = torch.empty((len(weights), rows, columns), dtype=state.dtype, device=device)
+        step = max(1, DECODE_ELEMENTS // (rows * columns))
+        for start in range(0, len(weights), step):
+            some = {part: values[start : start + step] for part, values in parts.items()}
+            self._check_groups(weights[start : start + step], packing.groups, some)
+            out[start : start + step] = _dense(some, packing)
+        return out
+
+    def _check_groups(
+        self, weights: Sequence[StoredWeight], groups: int, parts: Mapping[str, Tensor]
+    ) -> None:
+        if "g_idx" not in parts:
+            return
+        index = parts["g_idx"]
+        wrong = ((index < 0) | (index >= groups)).any(1).tolist()
+        if any(wrong):
+            entry = weights[wrong.index(True)].parts["g_idx"]
+            raise CheckpointError(f"{entry.file}: {entry.name} names groups beyond the {groups}")
+
+
+def _dense(parts: Mapping[str, Tensor], packing: Packing) -> Tensor:
+    """float32 `[n, out, in]`."""
+    codes = unpack_words(parts["qweight"].transpose(-1, -2), packing.bits)
+    count, rows, columns = codes.shape
+    zeros = unpack_words(parts["qzeros"], packing.bits).float() + (2 - packing.version)
+    scales = parts["scales"].float()
+    if "g_idx" in parts:
+        index = parts["g_idx"].long()
+    else:
+        index = torch.arange(columns, device=codes.device) // (columns // packing.groups)
+        index = index.expand(count, columns)
+    index = index[:, :, None].expand(count, columns, rows)
+    scales, zeros = (values.gather(1, index).transpose(1, 2) for values in (scales, zeros))
+    return (codes.float() - zeros) * scales
+
+
+FORMATS.register(Gptq.name, Gptq())

@@ -1,0 +1,125 @@
+"""Writing files that are whole or not there, with the same bytes every time.
+
+Own writer instead of `safetensors.torch.save_file`: that one holds all tensors as bytes at once,
+leaves files at mode 0600, and the digest would need a second read of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.names import natural
+from pipeline.checkpoint.stored import DTYPE_NAMES
+from pipeline.errors import OutputError
+
+CHUNK_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class _Digest:
+    """Counts and digests what passes to a stream."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.size = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), CHUNK_BYTES):
+            chunk = data[start : start + CHUNK_BYTES]
+            self.stream.write(chunk)
+            self.sha256.update(chunk)
+            self.size += len(chunk)
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[_Digest]:
+    """A stream to a file beside `path` that takes its place once flushed to the disk.
+
+    After an error the old file, if any, is as it was.  Mode 0666 less the umask, as for any other
+    new file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb", buffering=0) as stream:
+            digest = _Digest(stream)
+            yield digest
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> FileRecord:
+    """Write a small file atomically; OutputError when the disk refuses."""
+    with _atomic(path) as digest:
+        digest.write(data)
+    return FileRecord(path.name, digest.size, digest.sha256.hexdigest())
+
+
+def write_json(path: Path, table: Mapping[str, Any]) -> FileRecord:
+    """Write a table as indented JSON, keys in the order given; ValueError for NaN and Inf."""
+    text = json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_bytes(path, text.encode() + b"\n")
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> FileRecord:
+    """Write tensors (any device; views are made contiguous one at a time) and digest them.
+
+    Larger element types come first, so that every tensor is aligned, then names in natural order:
+    equal tensors make equal bytes whatever order they were given in.  `metadata` is written with
+    `format: pt`, which transformers insists on.  Raises OutputError when the disk refuses.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), natural(name)))
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
+    }
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with _atomic(path) as digest:
+        digest.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            plain = tensors[name].detach().cpu().contiguous()
+            if plain.numel():
+                digest.write(plain.view(-1).view(torch.uint8).numpy().data)
+    return FileRecord(path.name, digest.size, digest.sha256.hexdigest())
