@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.checkpoint.writer import write_safetensors
+from pipeline.checkpoint.writer import FileRecord, write_safetensors
 from pipeline.errors import CheckpointError, NumericalError
 from pipeline.evaluate.windows import Windows
 
@@ -88,7 +88,7 @@ class Reference:
             "labels": json.dumps(dict(self.labels), sort_keys=True),
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> FileRecord:
         """Write the file whole or not at all."""
         ids_dtype = torch.uint16 if self.vocabulary <= 65536 else torch.int32
         tensors = {
@@ -100,7 +100,7 @@ class Reference:
             "log_rest": self.log_rest,
             "target": self.target,
         }
-        write_safetensors(path, tensors, self.metadata())
+        return write_safetensors(path, tensors, self.metadata())
 
     @classmethod
     def load(cls, path: Path) -> Reference:
