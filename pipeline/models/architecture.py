@@ -66,6 +66,8 @@ class Architecture:
     """Linear groups beside the routed experts, in order."""
     never_quantized: tuple[str, ...]
     """Linear modules that stay dense whatever the recipe says."""
+    ignored: tuple[str, ...]
+    """Parts of a checkpoint that the causal model has no use for; they are not carried over."""
     norm_form: Literal["w", "1+w"]
     """What a normalised activation is multiplied by, given the stored weight w."""
     geometry: Callable[[Mapping[str, Any]], Geometry]

@@ -80,6 +80,7 @@ ARCHITECTURES.register(
             ModuleGroup("shared_expert", ("mlp.shared_expert.down_proj",)),
         ),
         never_quantized=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
+        ignored=("mtp",),
         norm_form="1+w",
         geometry=_geometry,
         call_layer=_call_layer,

@@ -1,0 +1,193 @@
+"""The command line: one short function a verb, no logic.
+
+Exit codes: 0 done, 1 the result misses its thresholds or is damaged, 2 the user's mistake.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline import __version__
+from pipeline.errors import UserError
+
+app = typer.Typer(
+    name="requant",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Convert bitsandbytes 4-bit mixture-of-experts models to GPTQ and run them hybrid.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as recipes/demo.yaml")]
+Model = Annotated[Path, typer.Argument(help="a model directory")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="override a recipe key: requantize.group_size=32")
+]
+Memory = Annotated[str, typer.Option(help="GPU memory that may be used, such as 10GiB")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        typer.echo(f"requant {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can do: GPU, RAM, disk, CPU flags, kernels, versions."""
+    from pipeline.doctor import examine
+
+    _print("doctor", examine(), as_json)
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """What a model directory is, from its headers alone."""
+    from pipeline.checkpoint.reader import Checkpoint
+
+    summary = Checkpoint.open(model).describe()
+    if not as_json:
+        typer.echo(summary.verdict)
+    _print(str(model), summary.as_dict(), as_json)
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Set = None, as_json: Json = False) -> None:
+    """What a recipe will do, and what it needs, without doing it."""
+    from pipeline.plan import as_dict, prepare
+    from pipeline.plan import plan as make
+    from pipeline.recipe import load_recipe
+    from pipeline.report.tables import plan_table, show
+
+    made = make(prepare(*load_recipe(recipe, overrides or [])))
+    if as_json:
+        typer.echo(json.dumps(as_dict(made), indent=2))
+    else:
+        show(plan_table(made))
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Set = None,
+    until: Annotated[str | None, typer.Option(help="last stage to run")] = None,
+    only: Annotated[str | None, typer.Option(help="the one stage to run")] = None,
+    fresh: Annotated[bool, typer.Option(help="forget earlier work")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert, split, validate.  Resumes by itself.  Example: requant run recipes/demo.yaml"""
+    from pipeline.recipe import load_recipe
+    from pipeline.run import run as execute
+    from pipeline.stages.validate import REPORT_FILE, existing_report
+
+    wanted, text = load_recipe(recipe, overrides or [])
+    context = execute(
+        wanted, text, until=until, only=only, fresh=fresh, announce=lambda s: typer.echo(s, err=True)
+    )
+    report = existing_report(context.output)
+    if report is None or (until or only or "validate") != "validate":
+        typer.echo(f"result: {context.output if context.output.exists() else context.work.root}")
+        return
+    _finish(report, as_json, context.output / REPORT_FILE)
+
+
+@app.command()
+def shard(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="new directory for the split model")],
+) -> None:
+    """Split an existing GPTQ model into non-expert and expert files, to run it hybrid."""
+    from pipeline.stages.shard import split_existing
+
+    split_existing(model, output, lambda line: typer.echo(line, err=True))
+    typer.echo(f"result: {output}")
+
+
+@app.command()
+def validate(
+    model: Model,
+    source: Annotated[Path | None, typer.Option(help="directory it was made from")] = None,
+    text: Annotated[Path | None, typer.Option(help="with --source: the text to measure on")] = None,
+    device_memory: Memory = "10GiB",
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the report here")] = None,
+) -> None:
+    """Measure perplexity, KL divergence, top-1 agreement and speed of a model, loaded hybrid."""
+    from pipeline.stages.revalidate import revalidate
+
+    report = revalidate(model, source, text, device_memory, lambda s: typer.echo(s, err=True))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    _finish(report, False, json_file)
+
+
+@app.command()
+def verify(model: Model, as_json: Json = False) -> None:
+    """Check a finished model: checksums, index, names, shapes and packed values."""
+    from pipeline.checkpoint.verify import verify_directory
+
+    problems = verify_directory(model)
+    if as_json:
+        typer.echo(json.dumps({"ok": not problems, "problems": [str(p) for p in problems]}))
+    else:
+        for problem in problems:
+            typer.echo(str(problem))
+        typer.echo(f"{model}: {'ok' if not problems else f'{len(problems)} problems'}")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    device_memory: Memory = "10GiB",
+) -> None:
+    """Continue a text with a model loaded hybrid; prints tokens per second at the end."""
+    from pipeline.hybrid.generate import stream_text
+
+    rate = stream_text(model, prompt, max_new_tokens, device_memory, sys.stdout)
+    typer.echo(f"\n{rate:.1f} tokens/s", err=True)
+
+
+def _finish(report: dict[str, Any], as_json: bool, path: Path | None) -> None:
+    from pipeline.report.tables import result_table, show
+
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        show(result_table(report))
+        if path is not None:
+            typer.echo(f"report: {path}")
+    raise typer.Exit(0 if report["passed"] else 1)
+
+
+def _print(title: str, pairs: dict[str, Any], as_json: bool) -> None:
+    from pipeline.report.tables import pairs_table, show
+
+    if as_json:
+        typer.echo(json.dumps(pairs, indent=2))
+    else:
+        show(pairs_table(title, pairs))
+
+
+def main() -> None:
+    """Entry point of the console script: user errors become one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"requant: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("requant: stopped; the same command goes on from here", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

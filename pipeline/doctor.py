@@ -1,0 +1,59 @@
+"""What this machine can do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline import __version__
+from pipeline.progress import size
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "triton", "numpy")
+
+
+def examine() -> dict[str, Any]:
+    """Findings by name, in the order in which a person asks."""
+    memory = psutil.virtual_memory()
+    found: dict[str, Any] = {
+        "requant": __version__,
+        "python": platform.python_version(),
+        "GPU": "none; everything runs on the CPU",
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        found["GPU"] = f"{name}, {size(total)}, {size(free)} free"
+        found["CUDA"] = torch.version.cuda
+    found |= {
+        "host memory": f"{size(memory.total)}, {size(memory.available)} available",
+        "disk here": f"{size(shutil.disk_usage(Path.cwd()).free)} free",
+        "CPU": f"{psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads,"
+        f" {torch.backends.cpu.get_cpu_capability()}",
+        "torch int4 on CPU": "yes" if _int4_works() else "no; experts are dequantised per use",
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _int4_works() -> bool:
+    """Run torch's int4 product once; it exists only in builds and on CPUs that support it."""
+    codes = torch.full((32, 64), 8, dtype=torch.int32)
+    scales = torch.ones(2, 32, 2, dtype=torch.bfloat16)
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        torch.ops.aten._weight_int4pack_mm_for_cpu(
+            torch.ones(1, 64, dtype=torch.bfloat16), packed, 32, scales
+        )
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""A transformers model without weights, to be filled layer by layer or file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pipeline.errors import CheckpointError
+from pipeline.models import ARCHITECTURES, Architecture
+
+
+def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
+    """The declaration for a config.json's `model_type`; CheckpointError for one we do not know."""
+    model_type = config.get("model_type")
+    architecture = ARCHITECTURES.get(str(model_type))
+    if architecture is None:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{where}: model_type {model_type!r} is not supported; known: {known}")
+    return architecture
+
+
+def model_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' configuration object for a config.json, its quantisation left out.
+
+    With the `quantization_config` in place transformers would replace modules by its own.
+    """
+    plain = {k: v for k, v in config.items() if k not in {"quantization_config", "auto_map"}}
+    result: PreTrainedConfig = CONFIG_MAPPING[str(config["model_type"])].from_dict(plain)
+    return result
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model with every parameter and buffer on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
+    return model.eval().requires_grad_(False)
+
+
+def rotary_embedding(model: PreTrainedModel, device: torch.device) -> nn.Module:
+    """A rotary module with real buffers: those are computed from the config and never stored."""
+    meta: nn.Module = model.model.rotary_emb
+    with torch.device(device):
+        real: nn.Module = type(meta)(config=model.config)
+    return real
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> None:
+    """Put tensors in the place of a module's parameters, by name and with equal shapes.
+
+    `ignore`: prefixes of parameters that something else provides.  Raises CheckpointError for a
+    parameter without a tensor, a tensor without a parameter, and shapes that disagree.
+    """
+    skipped = tuple(ignore)
+    expected = {k: v for k, v in module.named_parameters() if not k.startswith(skipped or "\0")}
+    expected |= {
+        k: v for k, v in module.named_buffers() if k in tensors and not k.startswith(skipped or "\0")
+    }
+    for name, parameter in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {tuple(tensor.shape)},"
+                f" the config asks for {tuple(parameter.shape)}"
+            )
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise CheckpointError(f"tensor {extra[0]} is in the checkpoint but not in the model")
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
+    module.requires_grad_(False)

@@ -1,0 +1,213 @@
+"""Executes a plan: the stages in order, finished units skipped, one line of progress each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes
+import psutil
+import torch
+import transformers
+
+from pipeline import __version__
+from pipeline.errors import CheckpointError, OutputError, RecipeError
+from pipeline.plan import Plan, plan, prepare
+from pipeline.progress import Reporter
+from pipeline.recipe import Recipe
+from pipeline.stages.order import STAGES
+from pipeline.stages.context import Context, Job
+from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
+from pipeline.stages.experts import TILE_EXPERTS
+from pipeline.stages.requantize import streams_file
+from pipeline.stages.stream import TOKENS_PER_BATCH
+from pipeline.workdir import CONVERSION, difference
+
+BUILDING = ("dequantize", "requantize", "shard")
+"""Stages that make the output directory; what comes after measures it."""
+
+
+def run(
+    recipe: Recipe,
+    text: str,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    fresh: bool = False,
+    quiet: bool = False,
+    announce: Callable[[str], None] = lambda _line: None,
+) -> Context:
+    """Convert, resuming what an earlier run has done; returns the context, output in place.
+
+    `until`: the last stage to run; `only`: the one stage to run (those before it must be done).
+    Raises the UserErrors of preparation, planning and every stage.
+    """
+    for name in (until, only):
+        if name is not None and name not in STAGES:
+            raise RecipeError(f"unknown stage {name!r}; stages are: {', '.join(STAGES)}")
+    if until and only:
+        raise RecipeError("--until and --only exclude each other")
+    torch.set_num_threads(recipe.limits.threads or psutil.cpu_count(logical=False) or 1)
+    context = prepare(recipe, text)
+    if context.checkpoint.headers_only:
+        raise CheckpointError(
+            f"{context.checkpoint.path} holds headers only; it can be planned, not converted"
+        )
+    with context.work:
+        if fresh:
+            context.work.clear()
+        context.work.recover()
+        chosen = _chosen_stages(until, only)
+        wanted = fingerprint(context)
+        built = not fresh and _is_built(context, wanted)
+        todo = [name for name in chosen if not (built and name in BUILDING)]
+        if built and len(todo) < len(chosen):
+            announce(f"{context.output} is in place and up to date")
+        if any(name in BUILDING for name in todo):
+            _execute_building(context, wanted, todo, quiet, announce)
+        for name in todo:
+            if name not in BUILDING:
+                _execute_rest(context, name, quiet)
+    return context
+
+
+def fingerprint(context: Context) -> dict[str, Any]:
+    """Everything that can change a byte of the result."""
+    recipe = context.recipe
+    resolved = recipe.resolved()
+    headers = context.checkpoint.headers
+    cuda = context.device.type == "cuda"
+    return {
+        "source": {name: headers[name].size for name in sorted(headers)},
+        "recipe": {key: resolved[key] for key in ("dequantize", "requantize")},
+        "texts": context.texts.digests,
+        "seed": recipe.calibration.seed,
+        "tiles": {"experts": TILE_EXPERTS, "tokens": TOKENS_PER_BATCH},
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "versions": {
+            "requant": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "bitsandbytes": bitsandbytes.__version__,
+        },
+    }
+
+
+def _chosen_stages(until: str | None, only: str | None) -> list[str]:
+    names = list(STAGES)
+    if only:
+        return [only]
+    return names[: names.index(until) + 1] if until else names
+
+
+def _is_built(context: Context, wanted: dict[str, Any]) -> bool:
+    """Whether the output directory is there and made from the same fingerprint."""
+    path = context.output / CONVERSION
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text()).get("fingerprint")
+    changed = difference(found, json.loads(json.dumps(wanted)))
+    if changed:
+        raise OutputError(
+            f"{context.output} was made differently: {changed};"
+            " choose another output.path, or make it again with --fresh"
+        )
+    return True
+
+
+def _execute_building(
+    context: Context,
+    wanted: dict[str, Any],
+    todo: list[str],
+    quiet: bool,
+    announce: Callable[[str], None],
+) -> None:
+    whole = plan(context)
+    context.work.open(wanted)
+    checked = context.work.finished(CHECK_UNIT)
+    if checked is not None:
+        check_unchanged(context, checked)
+    jobs = [job for job in whole.jobs if job.stage in todo and job.stage in BUILDING]
+    done = _done(context, whole)
+    first = BUILDING.index(next(name for name in todo if name in BUILDING))
+    for job in whole.jobs:
+        if job.stage in BUILDING[:first] and job.unit not in done:
+            raise OutputError(
+                f"{job.stage} is not finished in {context.work.root}; run it first (without --only)"
+            )
+    if done:
+        announce(f"resuming: {len(done)} of {len(jobs)} units are done")
+    with Reporter(sum(whole.job_seconds(job) for job in jobs), quiet) as reporter:
+        context.progress = reporter.detail
+        for name in todo:
+            if name in BUILDING:
+                _run_stage(context, whole, name, done, reporter)
+
+
+def _run_stage(
+    context: Context, whole: Plan, name: str, done: set[str], reporter: Reporter
+) -> None:
+    stage = None
+    try:
+        for job in (j for j in whole.jobs if j.stage == name):
+            if job.unit in done:
+                reporter.skip(whole.job_seconds(job))
+                continue
+            if stage is None:
+                stage = STAGES[name].make(context)
+            reporter.start(_title(job, context))
+            started = time.monotonic()
+            stage.run(job)
+            reporter.finish(whole.job_seconds(job), time.monotonic() - started)
+    finally:
+        if stage is not None:
+            stage.close()
+
+
+def _execute_rest(context: Context, name: str, quiet: bool) -> None:
+    jobs = STAGES[name].jobs(context)
+    with Reporter(len(jobs), quiet) as reporter:
+        context.progress = reporter.detail
+        stage = STAGES[name].make(context)
+        try:
+            for job in jobs:
+                reporter.start(_title(job, context))
+                started = time.monotonic()
+                stage.run(job)
+                reporter.finish(1.0, time.monotonic() - started)
+        finally:
+            stage.close()
+
+
+def _done(context: Context, whole: Plan) -> set[str]:
+    """Units that need not run again.
+
+    Layers depend on the activations that the layer before them saved, and only the last finished
+    layer's are kept: so a layer counts as done only with all layers before it.
+    """
+    done: set[str] = set()
+    chain = True
+    last: Job | None = None
+    for job in whole.jobs:
+        finished = context.work.finished(job.unit) is not None
+        if job.stage == "requantize":
+            chain = chain and finished
+            finished = chain
+            last = job if finished else last
+        if finished:
+            done.add(job.unit)
+    if last is not None and last.layer is not None:
+        if not (context.work.root / streams_file(last.layer)).is_file():
+            done -= {j.unit for j in whole.jobs if j.stage == "requantize"}
+    return done
+
+
+def _title(job: Job, context: Context) -> str:
+    if job.layer is not None:
+        kind = context.geometry.layer_kinds[job.layer].replace("_", " ")
+        return f"{job.stage}: layer {job.layer + 1} of {context.geometry.layers} ({kind})"
+    return job.unit.replace("-", ": ", 1)
+

@@ -1,0 +1,1 @@
+"""What a run does: dequantize, requantize, shard, validate; one file each."""

@@ -1,0 +1,77 @@
+"""What every stage gets, and what it gives: a context in, jobs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pipeline.checkpoint.reader import Checkpoint
+from pipeline.models import Architecture
+from pipeline.models.architecture import Geometry
+from pipeline.recipe import Recipe
+from pipeline.stages.texts import Texts, prepare_texts
+from pipeline.workdir import WorkDirectory
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work, as data: what it reads and writes and what it will cost."""
+
+    stage: str
+    unit: str
+    """Unique name; its marker bears it."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    """Files, relative to the output directory."""
+    bytes_read: int = 0
+    bytes_written: int = 0
+    flops: float = 0.0
+    host_bytes: int = 0
+    """Peak anonymous host memory, estimated."""
+    device_bytes: int = 0
+    """Peak device memory, estimated; 0 without a device."""
+    layer: int | None = None
+
+
+@dataclass
+class Context:
+    """One run: the recipe and everything that was found out before the first job."""
+
+    recipe: Recipe
+    recipe_text: str
+    checkpoint: Checkpoint
+    architecture: Architecture
+    geometry: Geometry
+    work: WorkDirectory
+    device: torch.device
+    progress: Callable[[str], None] = field(default=lambda _message: None)
+    """Told, in a few words, what is going on inside a long job."""
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Calibration and evaluation tokens; made on first use, since planning needs none."""
+        return prepare_texts(self.recipe, self.checkpoint.path, self.geometry.vocabulary)
+
+    @property
+    def output(self) -> Path:
+        """The result's final place."""
+        return self.work.output
+
+
+class Stage(Protocol):
+    """One stage; holds state between its own jobs, none that a marker could not restore."""
+
+    def run(self, job: Job) -> None:
+        """Do one job and leave its marker.  Never called for a job whose marker is in place."""
+
+    def close(self) -> None:
+        """Wait for what is still being written, release memory."""
+
+
+StageFactory = Callable[[Context], Stage]
+JobLister = Callable[[Context], list[Job]]

@@ -1,0 +1,177 @@
+"""Stage 1: check the whole source, and take its checksums.
+
+The dense weights themselves are streamed into the next stage layer by layer; nothing is written
+unless the recipe says `dequantize: {write: true}`, which makes a standard bf16 checkpoint in
+`<output.path>-bf16/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.index import build_index
+from pipeline.checkpoint.writer import FileRecord, write_json, write_safetensors
+from pipeline.errors import OutputError
+from pipeline.stages.context import Context, Job
+from pipeline.stages.experts import tiles
+from pipeline.stages.side_files import copy_side_files
+from pipeline.workdir import CONVERSION, Marker
+
+CHECK_UNIT = "dequantize-check"
+WRITE_UNIT = "dequantize-write"
+READ_BYTES = 8 << 20
+HASHING_THREADS = 4
+
+
+def jobs(context: Context) -> list[Job]:
+    """One pass over the source's files; another that writes bf16, where asked for."""
+    files = sorted(context.checkpoint.headers)
+    total = sum(w.nbytes for w in context.checkpoint.weights.values())
+    listed = [Job("dequantize", CHECK_UNIT, tuple(files), (), bytes_read=total)]
+    if context.recipe.dequantize.write:
+        elements = sum(w.elements for w in context.checkpoint.weights.values())
+        largest = 6 * context.geometry.experts * context.geometry.hidden * context.geometry.inner
+        listed.append(
+            Job(
+                "dequantize",
+                WRITE_UNIT,
+                tuple(files),
+                (f"../{dense_directory(context).name}/",),
+                bytes_read=total,
+                bytes_written=2 * elements,
+                host_bytes=2 * largest,
+            )
+        )
+    return listed
+
+
+def dense_directory(context: Context) -> Path:
+    """Where the bf16 checkpoint goes."""
+    return context.output.with_name(context.output.name + "-bf16")
+
+
+class Dequantize:
+    """The stage; see the module's text."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def run(self, job: Job) -> None:
+        """Check the source, or write it as bf16."""
+        started = time.monotonic()
+        if job.unit == CHECK_UNIT:
+            data = self._check()
+        else:
+            data = self._write()
+        self._context.work.finish(job.unit, [], time.monotonic() - started, data)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _check(self) -> dict[str, Any]:
+        checkpoint = self._context.checkpoint
+        checkpoint.check_states()
+        paths = [checkpoint.path / name for name in sorted(checkpoint.headers)]
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            digests = list(pool.map(file_digest, paths))
+        formats: dict[str, int] = {}
+        for weight in checkpoint.weights.values():
+            formats[weight.format] = formats.get(weight.format, 0) + 1
+        files = {p.name: identity(p) | {"sha256": d} for p, d in zip(paths, digests, strict=True)}
+        return {"files": files, "formats": formats}
+
+    def _write(self) -> dict[str, Any]:
+        """Write one file a layer, then the index; each file is a unit that a resumed run skips."""
+        context = self._context
+        target = dense_directory(context)
+        if target.exists() and not (target / CONVERSION).is_file():
+            raise OutputError(f"{target} exists and was not made by requant; move it away")
+        folder = context.work.internal / "bf16"
+        folder.mkdir(exist_ok=True)
+        index: dict[str, dict[str, int]] = {}
+        for layer in [*range(context.geometry.layers), None]:
+            part = "outer" if layer is None else f"layer-{layer:03d}"
+            name = f"model-{part}.safetensors"
+            names = self._names(layer)
+            unit = f"{WRITE_UNIT}-{name.removesuffix('.safetensors')}"
+            marker = context.work.finished(unit)
+            if marker is None:
+                context.progress(f"writing {name} in bf16")
+                started = time.monotonic()
+                tensors = self._dense(layer, names)
+                written = write_safetensors(folder / name, tensors, {"format": "pt"})
+                record = FileRecord(f".work/bf16/{name}", written.size, written.sha256)
+                nbytes = {n: t.nbytes for n, t in tensors.items()}
+                seconds = time.monotonic() - started
+                marker = context.work.finish(unit, [record], seconds, {"nbytes": nbytes})
+            index[name] = marker.data["nbytes"]
+        write_json(folder / "model.safetensors.index.json", build_index(index))
+        config = {k: v for k, v in context.checkpoint.config.items() if k != "quantization_config"}
+        write_json(folder / "config.json", config | {"dtype": "bfloat16"})
+        copy_side_files(context.checkpoint.path, folder)
+        write_json(folder / CONVERSION, {"schema": 1, "kind": "dequantized"})
+        if target.exists():
+            raise OutputError(f"{target} exists already; move it away")
+        folder.rename(target)
+        return {"path": str(target)}
+
+    def _names(self, layer: int | None) -> list[str]:
+        a = self._context.architecture
+        prefixes = {i: a.layer_prefix(i) for i in range(self._context.geometry.layers)}
+        weights = self._context.checkpoint.weights
+        if layer is not None:
+            return sorted(n for n in weights if n.startswith(prefixes[layer]))
+        every = tuple(prefixes.values())
+        return sorted(n for n in weights if not n.startswith(every))
+
+    def _dense(self, layer: int | None, names: list[str]) -> dict[str, Tensor]:
+        """A layer's tensors, the experts decoded tile by tile, floating point ones as bf16."""
+        context = self._context
+        a = context.architecture
+        out: dict[str, Tensor] = {}
+        if layer is not None and layer in context.geometry.moe_layers:
+            for experts in tiles(context.geometry.experts):
+                for projection in (a.gate, a.up, a.down):
+                    stack = [f"{a.expert_module(layer, e, projection)}.weight" for e in experts]
+                    decoded = context.checkpoint.load_stack(stack, "cpu", torch.bfloat16)
+                    out |= dict(zip(stack, decoded.unbind(), strict=True))
+        for name in names:
+            if name not in out:
+                tensor = context.checkpoint.load(name)
+                out[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        return out
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read once in large pieces."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def identity(path: Path) -> dict[str, int]:
+    """Size and time of change: equal ones spare reading the file again."""
+    status = path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def check_unchanged(context: Context, marker: Marker) -> None:
+    """Refuse to go on with a source that is no longer the one that was checked."""
+    for name, known in marker.data["files"].items():
+        path = context.checkpoint.path / name
+        now = identity(path) if path.is_file() else {}
+        same = now == {k: known[k] for k in ("size", "mtime_ns")}
+        if not same and (not now or file_digest(path) != known["sha256"]):
+            raise OutputError(
+                f"source file {path} has changed since {context.work.root} was begun;"
+                " put the old file back, or start again with --fresh"
+            )

@@ -1,0 +1,24 @@
+"""The order of the stages; each lists its jobs and makes an executor for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.stages import dequantize, requantize, shard, validate
+from pipeline.stages.context import JobLister, StageFactory
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """A stage as the plan and the run see it."""
+
+    jobs: JobLister
+    make: StageFactory
+
+
+STAGES: dict[str, StageEntry] = {
+    "dequantize": StageEntry(dequantize.jobs, dequantize.Dequantize),
+    "requantize": StageEntry(requantize.jobs, requantize.Requantize),
+    "shard": StageEntry(shard.jobs, shard.Shard),
+    "validate": StageEntry(validate.jobs, validate.Validation),
+}

@@ -1,0 +1,478 @@
+"""Stage 2: quantise layer by layer on calibration activations.
+
+Two streams of activations go through the model together, one layer at a time:
+  calibration  through the quantised layers, so that each layer is solved for the inputs that it
+               will really get;
+  evaluation   through the source's layers, so that at the end the source's own predictions on the
+               validation text are known without the source ever being in memory.
+
+A layer's unit: record both streams through the dense parts, quantise the chosen dense modules, sort
+the routed tokens by expert, solve the experts tile by tile, write the layer's files, save both
+streams.  The last unit turns the evaluation stream into the reference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.checkpoint.writer import FileRecord, write_safetensors
+from pipeline.evaluate.reference import ReferenceBuilder
+from pipeline.evaluate.windows import Windows
+from pipeline.models.architecture import ModuleGroup
+from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+from pipeline.stages.context import Context, Job
+from pipeline.stages.formats import output_format
+from pipeline.stages.experts import (
+    DOWN_SAMPLE_TOKENS,
+    TILE_EXPERTS,
+    Routed,
+    SolvedTile,
+    TileJob,
+    add_output,
+    decode_tile,
+    solve_tile,
+    sort_by_expert,
+    tiles,
+)
+from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded, check_finite
+
+REFERENCE_FILE = "validation_reference.safetensors"
+
+
+def expert_file(layer: int) -> str:
+    """Final name of a layer's expert file."""
+    return f"model-experts-layer-{layer:03d}.safetensors"
+
+
+def dense_file(layer: int | None) -> str:
+    """Intermediate name of a layer's other tensors; None: those outside all layers."""
+    return f".work/dense-{'outer' if layer is None else f'{layer:03d}'}.safetensors"
+
+
+def streams_file(layer: int) -> str:
+    """Intermediate name of both streams as they leave a layer."""
+    return f".work/streams-{layer:03d}.safetensors"
+
+
+def layer_unit(layer: int) -> str:
+    """Name of a layer's unit."""
+    return f"requantize-layer-{layer:03d}"
+
+
+REFERENCE_UNIT = "requantize-reference"
+
+
+def jobs(context: Context) -> list[Job]:
+    """One unit a layer, and one for the reference and the tensors outside all layers."""
+    recipe, geometry = context.recipe, context.geometry
+    calibration = recipe.calibration.samples * recipe.calibration.sequence_length
+    windows = recipe.validate_.max_windows or 0
+    evaluation = windows * recipe.validate_.window
+    tokens = calibration + evaluation
+    by_layer, outer = _source_bytes(context)
+    on_device = _stream_bytes(context, calibration, evaluation) + _tile_bytes(context, calibration)
+    listed = []
+    for layer in range(geometry.layers):
+        sparse = layer in geometry.moe_layers
+        experts = _packed_expert_bytes(context) * geometry.experts if sparse else 0
+        dense_elements = by_layer[layer].dense_elements
+        streams = 2 * tokens * geometry.hidden
+        active = dense_elements
+        active += geometry.top_k * 3 * geometry.hidden * geometry.inner if sparse else 0
+        flops = 2.0 * active * (2 * calibration + evaluation)
+        if sparse:
+            flops += _solve_flops(context, calibration)
+        # Two layers' packed experts: the one being written and the one being solved.
+        host = 2 * experts + (on_device if context.device.type == "cpu" else streams)
+        listed.append(
+            Job(
+                stage="requantize",
+                unit=layer_unit(layer),
+                inputs=tuple(sorted(by_layer[layer].files)),
+                outputs=(dense_file(layer), *([expert_file(layer)] if sparse else [])),
+                bytes_read=by_layer[layer].nbytes,
+                bytes_written=experts + 2 * dense_elements,
+                flops=flops,
+                host_bytes=host,
+                device_bytes=0 if context.device.type == "cpu" else on_device,
+                layer=layer,
+            )
+        )
+    listed.append(
+        Job(
+            stage="requantize",
+            unit=REFERENCE_UNIT,
+            inputs=tuple(sorted(outer.files)),
+            outputs=(dense_file(None), REFERENCE_FILE),
+            bytes_read=outer.nbytes,
+            bytes_written=2 * outer.dense_elements + 150 * evaluation,
+            flops=2.0 * evaluation * geometry.hidden * geometry.vocabulary,
+            host_bytes=6 * outer.dense_elements,
+        )
+    )
+    return listed
+
+
+@dataclass
+class _Bytes:
+    """What the source holds for one layer, or outside all layers."""
+
+    nbytes: int = 0
+    dense_elements: int = 0
+    """Elements outside the routed experts; kept in bf16 unless the recipe says otherwise."""
+    files: set[str] = field(default_factory=set)
+
+
+def _source_bytes(context: Context) -> tuple[list[_Bytes], _Bytes]:
+    architecture = context.architecture
+    layers = [_Bytes() for _ in range(context.geometry.layers)]
+    outer = _Bytes()
+    owners = {architecture.layer_prefix(i): (layers[i], i) for i in range(len(layers))}
+    depth = architecture.layer.count(".") + 1
+    for name, weight in context.checkpoint.weights.items():
+        prefix = ".".join(name.split(".")[:depth]) + "."
+        owner = owners[prefix][0] if prefix in owners else outer
+        owner.nbytes += weight.nbytes
+        owner.files |= {part.file for part in weight.parts.values()}
+        if not name.startswith(f"{prefix}{architecture.experts}."):
+            owner.dense_elements += weight.elements
+    return layers, outer
+
+
+def _packed_expert_bytes(context: Context) -> int:
+    """Stored bytes of one quantised expert: codes, scales, zeros and g_idx of three matrices."""
+    recipe, geometry = context.recipe.requantize, context.geometry
+    total = 0
+    shapes = [(geometry.inner, geometry.hidden)] * 2 + [(geometry.hidden, geometry.inner)]
+    for rows, columns in shapes:
+        groups = 1 if recipe.group_size == -1 else columns // recipe.group_size
+        total += rows * columns * recipe.bits // 8 + rows * groups * (16 + recipe.bits) // 8
+        total += 4 * columns
+    return total
+
+
+def _stream_bytes(context: Context, calibration: int, evaluation: int) -> int:
+    """Both streams in and out of a layer (bf16), expert inputs (bf16), routed sums (float32)."""
+    per_token = context.geometry.hidden * (2 + 2 + 2 + 4 + 4)
+    pairs = (calibration + evaluation) * context.geometry.top_k * 20
+    return (calibration + evaluation) * per_token + pairs
+
+
+def _tile_bytes(context: Context, calibration: int) -> int:
+    """Largest moment of a tile: gate and up in float32 with their Hessians and factors."""
+    g = context.geometry
+    experts = min(TILE_EXPERTS, g.experts)
+    pairs = calibration * g.top_k * experts // g.experts
+    weights = experts * 3 * g.inner * g.hidden * 2
+    solver = experts * (4 * 2 * g.inner * g.hidden * 4 + 4 * 4 * g.hidden**2)
+    return 2 * weights + solver + 2 * pairs * (g.hidden + 3 * g.inner)
+
+
+def _solve_flops(context: Context, calibration: int) -> float:
+    """Hessians, factorisations and column updates of a layer's experts."""
+    if not QUANTIZERS[context.recipe.requantize.method].needs_hessian:
+        return 0.0
+    g = context.geometry
+    pairs = calibration * g.top_k
+    hessians = 2.0 * pairs * (g.hidden**2 + g.inner**2)
+    factors = g.experts * 2.0 * (g.hidden**3 + g.inner**3)
+    updates = g.experts * 2.0 * (2 * g.inner * g.hidden**2 + g.hidden * g.inner**2)
+    return hessians + factors + updates
+
+
+@dataclass
+class _Streams:
+    """Both streams, bf16 [sequences, length, hidden], as they leave layer `after`."""
+
+    after: int
+    calibration: Tensor
+    evaluation: Tensor
+
+
+class Requantize:
+    """The stage; see the module's text."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._texts = context.texts
+        recipe = context.recipe.requantize
+        self._quantizer = QUANTIZERS[recipe.method]
+        self._scheme = AffineScheme(recipe.bits, recipe.group_size, recipe.symmetric)
+        self._options = SolverOptions(
+            damping=recipe.damping,
+            activation_order=recipe.activation_order,
+            scale_search=recipe.scale_search,
+        )
+        self._pack = output_format(recipe.method).pack
+        self._stream = LayerStream(context.checkpoint, context.architecture, context.device)
+        self._streams: _Streams | None = None
+        # One writer, at most one layer behind: the packed layer being written and the one being
+        # solved are all the host ever holds.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._pending: Future[None] | None = None
+
+    def run(self, job: Job) -> None:
+        """Quantise one layer, or record the reference after the last."""
+        started = time.monotonic()
+        layer = self._context.geometry.layers if job.layer is None else job.layer
+        streams = self._enter(layer)
+        if job.layer is None:
+            self._wait()
+            self._record_reference(streams, started)
+            return
+        files, data = self._layer(layer, streams)
+        self._wait()
+        snapshot = {"calibration": streams.calibration, "evaluation": streams.evaluation}
+        self._pending = self._writer.submit(self._write, layer, files, snapshot, data, started)
+
+    def close(self) -> None:
+        """Wait for the last layer to be on disk."""
+        try:
+            self._wait()
+        finally:
+            self._writer.shutdown()
+            self._reader.shutdown(cancel_futures=True)
+            self._streams = None
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _enter(self, layer: int) -> _Streams:
+        """The streams as they enter a layer: in memory, embedded anew, or from disk."""
+        if self._streams is not None and self._streams.after == layer - 1:
+            return self._streams
+        device = self._context.device
+        if layer == 0:
+            calibration = self._stream.embed(self._texts.calibration)
+            evaluation = self._stream.embed(self._texts.windows.token_ids)
+            check_finite(calibration, "the embedding")
+        else:
+            saved = load_file(self._context.work.root / streams_file(layer - 1))
+            calibration, evaluation = (
+                saved[k].to(device) for k in ("calibration", "evaluation")
+            )
+        self._streams = _Streams(layer - 1, calibration, evaluation)
+        return self._streams
+
+    def _layer(
+        self, layer: int, streams: _Streams
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Advance both streams by a layer; returns its files' tensors and its statistics."""
+        context = self._context
+        stored = self._stream.load_dense(layer)
+        module = self._stream.build_layer(layer, stored)
+        source = self._stream.record(module, streams.evaluation)
+        packed, losses = self._dense_modules(layer, module, streams.calibration)
+        written = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
+        for name, parts in packed.items():
+            written |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        files = {dense_file(layer): {n: t.cpu() for n, t in written.items()}}
+        recorded = self._stream.record(module, streams.calibration)
+        data: dict[str, Any] = {"layer": layer, "dense_loss": losses}
+        if recorded.inputs is None:
+            streams.calibration, streams.evaluation = recorded.base, source.base
+        else:
+            experts, statistics = self._experts(layer, recorded, source, streams)
+            files[expert_file(layer)] = experts
+            data |= statistics
+        streams.after = layer
+        where = f"layer {layer}"
+        check_finite(streams.evaluation, f"{where} of the source")
+        check_finite(streams.calibration, where)
+        context.progress(f"layer {layer + 1} of {context.geometry.layers} solved")
+        return files, data
+
+    def _dense_modules(
+        self, layer: int, module: nn.Module, hidden: Tensor
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+        """Quantise the chosen modules outside the experts, in the order a forward pass meets them.
+
+        Each group is solved on a pass through what was quantised before it.
+        """
+        architecture = self._context.architecture
+        chosen = set(self._context.recipe.requantize.modules)
+        packed: dict[str, dict[str, Tensor]] = {}
+        losses: dict[str, float] = {}
+        for group in (*architecture.mixer_groups, *architecture.shared_groups):
+            if group.module_class not in chosen or not _present(module, group):
+                continue
+            hessian = None
+            if self._quantizer.needs_hessian:
+                hessian = self._group_hessian(module, group, hidden)
+            for name in group.modules:
+                linear = module.get_submodule(name)
+                assert isinstance(linear.weight, Tensor)
+                solved = self._quantizer.quantize(
+                    linear.weight.float().unsqueeze(0), hessian, self._scheme, self._options
+                )
+                full = f"{architecture.layer_prefix(layer)}{name}"
+                packed[full] = {
+                    part: stack[0].cpu()
+                    for part, stack in self._pack(solved.quantized).items()
+                }
+                losses[name] = float(solved.loss[0])
+                dense = solved.quantized.dequantize(COMPUTE_DTYPE)[0]
+                linear.weight = nn.Parameter(dense, requires_grad=False)
+        return packed, losses
+
+    def _group_hessian(self, module: nn.Module, group: ModuleGroup, hidden: Tensor) -> Tensor:
+        """Mean of x x^T over the inputs of a group, float32 [1, in, in]."""
+        first = module.get_submodule(group.modules[0])
+        total: Tensor | None = None
+        tokens = 0
+
+        def collect(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal total, tokens
+            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            total = x.T @ x if total is None else total.addmm_(x.T, x)
+            tokens += len(x)
+
+        handle = first.register_forward_pre_hook(collect)
+        try:
+            self._stream.record(module, hidden)
+        finally:
+            handle.remove()
+        assert total is not None
+        return (total / tokens).unsqueeze(0)
+
+    def _experts(
+        self, layer: int, recorded: Recorded, source: Recorded, streams: _Streams
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Solve a layer's experts tile by tile; advances both streams."""
+        geometry = self._context.geometry
+        routed = sort_by_expert(recorded, geometry.experts)
+        routed_source = sort_by_expert(source, geometry.experts)
+        common, sample = self._layer_statistics(layer, routed)
+        total = torch.zeros_like(routed.inputs, dtype=torch.float32)
+        total_source = torch.zeros_like(routed_source.inputs, dtype=torch.float32)
+        packed: dict[str, Tensor] = {}
+        losses: dict[str, list[float]] = {"gate_up_loss": [], "down_loss": []}
+        jobs = [self._tile_job(layer, experts) for experts in tiles(geometry.experts)]
+        ahead = self._reader.submit(decode_tile, jobs[0])
+        for number, job in enumerate(jobs):
+            dense = ahead.result()
+            if number + 1 < len(jobs):
+                ahead = self._reader.submit(decode_tile, jobs[number + 1])
+            with torch.inference_mode():
+                add_output(job, dense, routed_source, total_source)
+                solved = solve_tile(job, dense, routed, common, sample)
+                add_output(job, solved.dense, routed, total)
+            packed |= self._packed(job, solved)
+            losses["gate_up_loss"] += solved.gate_up_loss
+            losses["down_loss"] += solved.down_loss
+            self._context.progress(
+                f"layer {layer + 1} of {geometry.layers}, expert {job.experts.stop}"
+                f" of {geometry.experts}"
+            )
+        streams.calibration = recorded.with_experts(total)
+        streams.evaluation = source.with_experts(total_source)
+        tokens = [routed.count(e) for e in range(geometry.experts)]
+        return packed, {"tokens": tokens, **losses}
+
+    def _layer_statistics(self, layer: int, routed: Routed) -> tuple[Tensor, Tensor]:
+        """Second moment of all tokens, and the seeded sample, for experts that saw few."""
+        tokens = len(routed.inputs)
+        common = torch.zeros(
+            routed.inputs.shape[1], routed.inputs.shape[1], device=routed.inputs.device
+        )
+        for part in routed.inputs.split(8192):
+            x = part.float()
+            common.addmm_(x.T, x)
+        generator = torch.Generator().manual_seed(
+            self._context.recipe.calibration.seed * 1_000_003 + layer
+        )
+        chosen = torch.randperm(tokens, generator=generator)[:DOWN_SAMPLE_TOKENS]
+        return common / tokens, routed.inputs[chosen.to(routed.inputs.device)]
+
+    def _tile_job(self, layer: int, experts: range) -> TileJob:
+        context = self._context
+        return TileJob(
+            checkpoint=context.checkpoint,
+            architecture=context.architecture,
+            layer=layer,
+            experts=experts,
+            device=context.device,
+            quantizer=self._quantizer,
+            scheme=self._scheme,
+            options=self._options,
+            inner=context.geometry.inner,
+        )
+
+    def _packed(self, job: TileJob, solved: SolvedTile) -> dict[str, Tensor]:
+        """A tile's packed tensors by on-disk name, on the host."""
+        a = job.architecture
+        named: dict[str, Tensor] = {}
+        by_projection: Mapping[str, QuantizedTensor] = {
+            a.gate: solved.gate,
+            a.up: solved.up,
+            a.down: solved.down,
+        }
+        for projection, quantized in by_projection.items():
+            parts = {k: v.cpu() for k, v in self._pack(quantized).items()}
+            for i, expert in enumerate(job.experts):
+                module = a.expert_module(job.layer, expert, projection)
+                named |= {f"{module}.{part}": stack[i] for part, stack in parts.items()}
+        return named
+
+    def _write(
+        self,
+        layer: int,
+        files: Mapping[str, Mapping[str, Tensor]],
+        snapshot: Mapping[str, Tensor],
+        data: Mapping[str, Any],
+        started: float,
+    ) -> None:
+        """Write a layer's files, then the streams, then the marker; drop older streams."""
+        work = self._context.work
+        records = [self._write_file(name, tensors) for name, tensors in files.items()]
+        # The streams are no output: a later layer may remove them, so the marker leaves them out.
+        self._write_file(streams_file(layer), {k: v.cpu() for k, v in snapshot.items()})
+        work.finish(layer_unit(layer), records, time.monotonic() - started, data)
+        if layer > 0:
+            (work.root / streams_file(layer - 1)).unlink(missing_ok=True)
+
+    def _write_file(self, name: str, tensors: Mapping[str, Tensor]) -> FileRecord:
+        path = self._context.work.root / name
+        record = write_safetensors(path, tensors, {"format": "pt"})
+        return FileRecord(name, record.size, record.sha256)
+
+    def _record_reference(self, streams: _Streams, started: float) -> None:
+        """Source predictions on the validation windows, and the tensors outside all layers."""
+        checkpoint = self._context.checkpoint
+        outer = {n: checkpoint.load(n, "cpu") for n in self._stream.outer_names()}
+        records = [self._write_file(dense_file(None), outer)]
+        windows: Windows = self._texts.windows
+        builder = ReferenceBuilder(windows, labels=self._texts.labels)
+        for first, logits in self._stream.logits(streams.evaluation):
+            builder.add(first, logits)
+        reference = builder.build()
+        path = self._context.work.root / REFERENCE_FILE
+        records.append(reference.save(path))
+        self._context.work.finish(
+            REFERENCE_UNIT,
+            records,
+            time.monotonic() - started,
+            {"source_perplexity": reference.perplexity},
+        )
+
+
+def _present(module: nn.Module, group: ModuleGroup) -> bool:
+    try:
+        module.get_submodule(group.modules[0])
+    except AttributeError:
+        return False
+    return True
+

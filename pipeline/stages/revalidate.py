@@ -1,0 +1,90 @@
+"""`requant validate`: measure a finished model again, anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from pipeline.calibration import load_tokenizer, read_text, tokenize
+from pipeline.checkpoint.reader import Checkpoint
+from pipeline.checkpoint.writer import write_json
+from pipeline.errors import CheckpointError, RecipeError
+from pipeline.evaluate.reference import Reference
+from pipeline.evaluate.windows import Windows, sliding_windows
+from pipeline.models.skeleton import architecture_of
+from pipeline.recipe import Thresholds, Validate
+from pipeline.stages.requantize import REFERENCE_FILE
+from pipeline.stages.source import record_source
+from pipeline.stages.validate import REPORT_FILE, existing_report, validate_model
+from pipeline.workdir import CONVERSION
+
+
+def revalidate(
+    model: Path,
+    source: Path | None,
+    text: Path | None,
+    device_memory: str,
+    announce: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure `model` and return its report; a model of ours also keeps it as its report.json.
+
+    `source`: stream this checkpoint anew for the predictions to compare with; without it the
+    model's own record serves.  `text`: what to measure on (with `source` only).
+    """
+    if not model.is_dir():
+        raise CheckpointError(f"{model} is not a directory")
+    if text is not None and source is None:
+        raise RecipeError("--text goes with --source: the record in a model is of its own text")
+    reference = None
+    if source is not None:
+        windows, labels = _windows(model, text)
+        announce(f"recording the source {source}")
+        reference = _record(source, windows, labels, announce)
+    previous = existing_report(model)
+    thresholds = (previous or {}).get("thresholds") or Thresholds().model_dump()
+    report = validate_model(
+        model,
+        device_memory=parse_size(device_memory),
+        thresholds=thresholds,
+        reference=reference,
+    )
+    if (model / CONVERSION).is_file() and source is None:
+        write_json(model / REPORT_FILE, report)
+    return report
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 10GiB; RecipeError for anything else."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise RecipeError(f"{text!r} is not a size; give one such as 10GiB") from None
+
+
+def _windows(model: Path, text: Path | None) -> tuple[Windows, dict[str, str]]:
+    """The windows of the model's own record, or new ones of a text."""
+    path = model / REFERENCE_FILE
+    if text is None and path.is_file():
+        own = Reference.load(path)
+        return own.windows, dict(own.labels)
+    defaults = Validate()
+    chosen = str(text or defaults.text)
+    words = read_text(chosen)
+    tokens = tokenize(load_tokenizer(model), words)
+    windows = sliding_windows(tokens, defaults.window, defaults.stride, defaults.max_windows)
+    digest = hashlib.sha256(words.encode()).hexdigest()
+    return windows, {"text": Path(chosen).name, "text_sha256": digest}
+
+
+def _record(
+    source: Path, windows: Windows, labels: dict[str, str], announce: Callable[[str], None]
+) -> Reference:
+    checkpoint = Checkpoint.open(source)
+    architecture = architecture_of(checkpoint.config, str(source))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return record_source(checkpoint, architecture, windows, labels, device, announce)

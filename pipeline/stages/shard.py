@@ -1,0 +1,273 @@
+"""Stage 3: assemble, seal and name the output directory.
+
+The expert files are in place already, one a layer.  Here the other tensors are gathered into
+non-expert shards, and index, config, shard map, recipe and checksums are written.  Then the
+directory gets its final name.  `split_existing` does the same for a GPTQ model that others made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline import __version__
+from pipeline.checkpoint.header import read_header
+from pipeline.checkpoint.index import INDEX_NAME, build_index
+from pipeline.checkpoint.reader import Checkpoint
+from pipeline.checkpoint.shard_map import build_shard_map
+from pipeline.checkpoint.sums import write_sums
+from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
+from pipeline.errors import CheckpointError, OutputError
+from pipeline.models.architecture import Geometry
+from pipeline.models.skeleton import architecture_of
+from pipeline.report.build import with_digest
+from pipeline.stages.context import Context, Job
+from pipeline.stages.dequantize import file_digest
+from pipeline.stages.formats import module_rules, output_format
+from pipeline.stages.requantize import (
+    REFERENCE_FILE,
+    REFERENCE_UNIT,
+    dense_file,
+    expert_file,
+    layer_unit,
+)
+from pipeline.stages.side_files import SIDE_FILES, copy_side_files
+from pipeline.workdir import CONVERSION, WorkDirectory
+
+UNIT = "shard"
+NONEXPERT_BYTES = 4 << 30
+"""Largest non-expert shard."""
+
+UNQUANTIZED = frozenset({"dense", "nf4", "fp4", "int8"})
+
+Sizes = dict[FileRecord, dict[str, int]]
+"""Files, each with its tensors and their bytes."""
+
+
+def jobs(context: Context) -> list[Job]:
+    """One unit: it takes seconds, and its last step is the rename."""
+    a = context.architecture
+    experts = tuple(f"{a.layer_prefix(i)}{a.experts}." for i in context.geometry.moe_layers)
+    weights = context.checkpoint.weights
+    dense = 2 * sum(w.elements for n, w in weights.items() if not n.startswith(experts))
+    layers = [*range(context.geometry.layers), None]
+    return [
+        Job(
+            "shard",
+            UNIT,
+            tuple(dense_file(layer) for layer in layers),
+            ("model-nonexpert-*.safetensors", INDEX_NAME, "config.json", "shard_map.json"),
+            bytes_read=dense,
+            bytes_written=dense,
+            host_bytes=min(dense, NONEXPERT_BYTES),
+        )
+    ]
+
+
+class Shard:
+    """The stage; see the module's text."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def run(self, job: Job) -> None:
+        """Assemble, seal, rename."""
+        context = self._context
+        root = context.work.root
+        layers = [
+            marker
+            for i in range(context.geometry.layers)
+            if (marker := context.work.finished(layer_unit(i))) is not None
+        ]
+        last = context.work.finished(REFERENCE_UNIT)
+        if last is None or len(layers) != context.geometry.layers:
+            raise OutputError(f"{root}: requantize is not finished; run it first")
+        records = {r.name: r for m in [*layers, last] for r in m.outputs}
+        sources = [root / dense_file(i) for i in [None, *range(context.geometry.layers)]]
+        nonexpert = write_nonexpert(root, _pieces(sources))
+        experts = {
+            records[expert_file(i)]: (i, _sizes(root / expert_file(i)))
+            for i in context.geometry.moe_layers
+        }
+        tokens = {m.data["layer"]: m.data.get("tokens") for m in layers}
+        sealed = [
+            *write_tables(root, self._config(), nonexpert, experts, tokens, context.geometry),
+            *nonexpert,
+            *experts,
+            records[REFERENCE_FILE],
+            write_bytes(root / "recipe.yaml", context.recipe_text.encode()),
+            write_bytes(
+                root / "recipe.resolved.yaml",
+                yaml.safe_dump(context.recipe.resolved(), sort_keys=False).encode(),
+            ),
+        ]
+        write_json(root / CONVERSION, self._conversion())
+        copy_side_files(context.checkpoint.path, root)
+        seal(root, sealed)
+        context.work.publish()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _config(self) -> dict[str, Any]:
+        context = self._context
+        recipe = context.recipe.requantize
+        plain = {k: v for k, v in context.checkpoint.config.items() if k != "quantization_config"}
+        quantization = output_format(recipe.method).quantization_config(
+            bits=recipe.bits,
+            group_size=recipe.group_size,
+            symmetric=recipe.symmetric,
+            rules=module_rules(context.architecture, recipe.modules),
+            version=__version__,
+        )
+        return plain | {"dtype": "bfloat16", "quantization_config": quantization}
+
+    def _conversion(self) -> dict[str, Any]:
+        """How the result was made: fingerprint, timings, statistics of every layer."""
+        work = self._context.work
+        markers = work.markers()
+        stages: dict[str, float] = {}
+        for marker in markers:
+            stage = marker.unit.partition("-")[0]
+            stages[stage] = stages.get(stage, 0.0) + marker.seconds
+        layers = [m.data for m in markers if "layer" in m.data]
+        return with_digest(
+            {
+                "schema": 1,
+                "kind": "converted",
+                "method": self._context.recipe.requantize.method,
+                "baseline": f"{self._context.recipe.source.model} as stored",
+                "fingerprint": work.fingerprint(),
+                "stages": {k: {"seconds": round(v, 3)} for k, v in stages.items()},
+                "layers": sorted(layers, key=lambda data: int(data["layer"])),
+            }
+        )
+
+
+def write_nonexpert(root: Path, tensors: Iterator[dict[str, Tensor]]) -> Sizes:
+    """Write tensors, given in pieces, as shards of at most NONEXPERT_BYTES each.
+
+    A shard's final name holds the number of shards, so they are renamed when that is known.
+    """
+    for stale in root.glob("model-nonexpert-*.safetensors"):
+        stale.unlink()
+    shards: list[tuple[FileRecord, dict[str, int]]] = []
+    gathered: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        path = root / f"model-nonexpert-{len(shards) + 1:05d}.part.safetensors"
+        record = write_safetensors(path, gathered)
+        shards.append((record, {name: t.nbytes for name, t in gathered.items()}))
+        gathered.clear()
+
+    for piece in tensors:
+        for name, tensor in piece.items():
+            held = sum(t.nbytes for t in gathered.values())
+            if gathered and held + tensor.nbytes > NONEXPERT_BYTES:
+                flush()
+            gathered[name] = tensor
+    flush()
+    written: Sizes = {}
+    for number, (record, sizes) in enumerate(shards, start=1):
+        name = f"model-nonexpert-{number:05d}-of-{len(shards):05d}.safetensors"
+        (root / record.name).rename(root / name)
+        written[FileRecord(name, record.size, record.sha256)] = sizes
+    return written
+
+
+def seal(root: Path, records: Sequence[FileRecord]) -> None:
+    """Write SHA256SUMS over the records and over the small files that were copied."""
+    known = {record.name for record in records}
+    small = [
+        FileRecord(path.name, path.stat().st_size, file_digest(path))
+        for path in sorted(root.iterdir())
+        if path.is_file() and path.name in SIDE_FILES and path.name not in known
+    ]
+    write_sums(root, [*records, *small])
+
+
+def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -> None:
+    """Split a quantised model that others made; nothing is decoded or changed.
+
+    `output` is built in a directory beside it and renamed whole.  Raises CheckpointError for a
+    model whose experts are not quantised, OutputError for an output that is not ours to write.
+    """
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.headers_only:
+        raise CheckpointError(f"{model} holds headers only, no weights")
+    architecture = architecture_of(checkpoint.config, str(model))
+    geometry = architecture.geometry(checkpoint.config)
+    first = f"{architecture.expert_module(geometry.moe_layers[0], 0, architecture.gate)}.weight"
+    stored = checkpoint.weights.get(first)
+    if stored is None or stored.format in UNQUANTIZED:
+        what = "missing" if stored is None else f"stored as {stored.format}"
+        raise CheckpointError(
+            f"{model}: expert tensor {first} is {what}; only GPTQ models can be split,"
+            " convert others with `requant run`"
+        )
+    owners: dict[str, int | None] = {}
+    prefixes = {
+        f"{architecture.layer_prefix(i)}{architecture.experts}.": i for i in geometry.moe_layers
+    }
+    depth = (architecture.layer_prefix(0) + architecture.experts).count(".") + 1
+    for name in checkpoint.entries:
+        owners[name] = prefixes.get(".".join(name.split(".")[:depth]) + ".")
+    with WorkDirectory(output.absolute()) as work:
+        work.recover()
+        work.clear()
+        work.open({"split": str(model.resolve())})
+        experts: dict[FileRecord, tuple[int, dict[str, int]]] = {}
+        for layer in geometry.moe_layers:
+            announce(f"layer {layer + 1} of {geometry.layers}")
+            tensors = {n: checkpoint.read(n) for n, owner in owners.items() if owner == layer}
+            record = write_safetensors(work.root / expert_file(layer), tensors)
+            experts[record] = (layer, {n: t.nbytes for n, t in tensors.items()})
+        rest = ({n: checkpoint.read(n)} for n, owner in owners.items() if owner is None)
+        nonexpert = write_nonexpert(work.root, rest)
+        sealed = write_tables(work.root, checkpoint.config, nonexpert, experts, {}, geometry)
+        write_json(work.root / CONVERSION, with_digest({"schema": 1, "kind": "split"}))
+        copy_side_files(model, work.root)
+        seal(work.root, [*sealed, *nonexpert, *experts])
+        work.publish()
+
+
+def write_tables(
+    root: Path,
+    config: Mapping[str, Any],
+    nonexpert: Sizes,
+    experts: Mapping[FileRecord, tuple[int, dict[str, int]]],
+    tokens: Mapping[int, Sequence[int] | None],
+    geometry: Geometry,
+) -> list[FileRecord]:
+    """config.json, the index and the shard map; `tokens`: per layer, tokens each expert saw."""
+    files = {record.name: sizes for record, sizes in nonexpert.items()}
+    files |= {record.name: sizes for record, (_, sizes) in experts.items()}
+    shard_map = build_shard_map(
+        nonexpert=list(nonexpert),
+        experts={layer: record for record, (layer, _) in experts.items()},
+        tokens=tokens,
+        experts_per_layer=geometry.experts,
+    )
+    return [
+        write_json(root / "config.json", config),
+        write_json(root / INDEX_NAME, build_index(files)),
+        write_json(root / "shard_map.json", shard_map),
+    ]
+
+
+def _pieces(paths: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of files, one at a time."""
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                yield {name: file.get_tensor(name)}
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Stored bytes of every tensor of a file, from its header."""
+    return {entry.name: entry.nbytes for entry in read_header(path, path.name).entries}

@@ -1,0 +1,33 @@
+"""The small files that travel from a source to a result unchanged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+"""Known by name: nothing else of a source (scripts, pickles) is ever copied."""
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy those that exist, contents only (normal permissions); returns their names."""
+    copied = []
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+            copied.append(name)
+    return copied

@@ -1,0 +1,48 @@
+"""The source's predictions on given windows, streamed: it never has to fit in memory.
+
+For models whose record is missing: conversions record the source on the way (requantize).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pipeline.checkpoint.reader import Checkpoint
+from pipeline.evaluate.reference import Reference, ReferenceBuilder
+from pipeline.evaluate.windows import Windows
+from pipeline.models import Architecture
+from pipeline.stages.experts import TileSource, add_output, decode_tile, sort_by_expert, tiles
+from pipeline.stages.stream import LayerStream, check_finite
+
+
+def record_source(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    windows: Windows,
+    labels: dict[str, str],
+    device: torch.device,
+    progress: Callable[[str], None] = lambda _message: None,
+) -> Reference:
+    """Run windows through a checkpoint layer by layer and record its predictions."""
+    stream = LayerStream(checkpoint, architecture, device)
+    hidden = stream.embed(windows.token_ids)
+    for layer in range(stream.geometry.layers):
+        progress(f"source, layer {layer + 1} of {stream.geometry.layers}")
+        module = stream.build_layer(layer, stream.load_dense(layer))
+        recorded = stream.record(module, hidden)
+        hidden = recorded.base
+        if recorded.inputs is not None:
+            routed = sort_by_expert(recorded, stream.geometry.experts)
+            total = torch.zeros_like(routed.inputs, dtype=torch.float32)
+            with torch.inference_mode():
+                for experts in tiles(stream.geometry.experts):
+                    tile = TileSource(checkpoint, architecture, layer, experts, device)
+                    add_output(tile, decode_tile(tile), routed, total)
+            hidden = recorded.with_experts(total)
+        check_finite(hidden, f"layer {layer} of the source")
+    builder = ReferenceBuilder(windows, labels=labels)
+    for first, logits in stream.logits(hidden):
+        builder.add(first, logits)
+    return builder.build()

@@ -1,0 +1,149 @@
+"""One decoder layer at a time: the dense parts of a model on the device, its experts aside.
+
+A layer's `experts` module is replaced by a recorder that notes what the router sent it and
+contributes nothing.  The routed experts' own output is then added by whoever computes it
+(`pipeline.stages.experts`), tile by tile, so that the experts of a layer are never on the device
+all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint.reader import Checkpoint
+from pipeline.errors import NumericalError
+from pipeline.models import Architecture
+from pipeline.models.skeleton import assign, build_skeleton, model_config, rotary_embedding
+
+TOKENS_PER_BATCH = 8192
+"""Tokens that go through a layer together.  Fixed: other batch sizes give other bytes."""
+
+COMPUTE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What one pass of a stream through a layer's dense parts left behind."""
+
+    base: Tensor
+    """Layer output without the routed experts, bf16 [sequences, length, hidden]."""
+    inputs: Tensor | None
+    """Input of the experts module, bf16 [tokens, hidden]; None in a layer without experts."""
+    index: Tensor | None
+    """Chosen experts, int64 [tokens, top_k]."""
+    weight: Tensor | None
+    """Router weights, float32 [tokens, top_k]."""
+
+    def with_experts(self, total: Tensor) -> Tensor:
+        """The layer's whole output: base + routed experts' sum (float32 [tokens, hidden])."""
+        return (self.base.float() + total.view(self.base.shape)).to(self.base.dtype)
+
+
+class _Recorder(nn.Module):
+    """Stands where the experts module stands; records its inputs and returns zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        self.calls.append((hidden.detach(), index.detach(), weight.detach()))
+        return torch.zeros_like(hidden)
+
+
+class LayerStream:
+    """Runs a checkpoint's model layer by layer on one device."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        self.device = device
+        self.geometry = architecture.geometry(checkpoint.config)
+        self._model = build_skeleton(model_config(checkpoint.config), COMPUTE_DTYPE)
+        self._rotary = rotary_embedding(self._model, device)
+
+    def dense_names(self, layer: int) -> list[str]:
+        """Names of a layer's tensors outside the routed experts."""
+        prefix = self.architecture.layer_prefix(layer)
+        experts = f"{prefix}{self.architecture.experts}."
+        return [
+            n for n in self.checkpoint.weights if n.startswith(prefix) and not n.startswith(experts)
+        ]
+
+    def outer_names(self) -> list[str]:
+        """Names of the tensors outside all layers: embedding, final norm, head."""
+        a = self.architecture
+        wanted = (a.embedding, a.final_norm, a.head)
+        return [n for n in self.checkpoint.weights if n.rpartition(".")[0] in wanted]
+
+    def load_dense(self, layer: int) -> dict[str, Tensor]:
+        """A layer's dense tensors as stored (decoded, not cast), on the device."""
+        return {n: self.checkpoint.load(n, self.device) for n in self.dense_names(layer)}
+
+    def build_layer(self, layer: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The layer's module with its dense tensors in place, in the compute dtype."""
+        prefix = self.architecture.layer_prefix(layer)
+        module = self._model.get_submodule(prefix.rstrip("."))
+        if layer in self.geometry.moe_layers:
+            parent, _, name = self.architecture.experts.rpartition(".")
+            module.get_submodule(parent).register_module(name, _Recorder())
+        cast = {n.removeprefix(prefix): t.to(COMPUTE_DTYPE) for n, t in tensors.items()}
+        assign(module, cast)
+        return module
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [sequences, length] -> bf16 [sequences, length, hidden] on the device."""
+        table = self.checkpoint.load(f"{self.architecture.embedding}.weight", self.device)
+        return nn.functional.embedding(tokens.to(self.device), table.to(COMPUTE_DTYPE))
+
+    def record(self, module: nn.Module, hidden: Tensor) -> Recorded:
+        """Run a stream through a layer's dense parts, a fixed token batch at a time."""
+        recorder = self._recorder(module)
+        rotary: tuple[Tensor, Tensor] | None = None
+        outputs = []
+        batch = max(1, TOKENS_PER_BATCH // hidden.shape[1])
+        with torch.inference_mode():
+            for part in hidden.split(batch):
+                if rotary is None:
+                    positions = torch.arange(part.shape[1], device=self.device).unsqueeze(0)
+                    rotary = self._rotary(part, positions)
+                outputs.append(self.architecture.call_layer(module, part, rotary))
+        base = torch.cat(outputs)
+        if recorder is None:
+            return Recorded(base, None, None, None)
+        inputs, index, weight = (torch.cat(parts) for parts in zip(*recorder.calls, strict=True))
+        recorder.calls.clear()
+        return Recorded(base, inputs, index, weight.float())
+
+    def logits(self, hidden: Tensor) -> Iterable[tuple[int, Tensor]]:
+        """(first sequence, float32 logits [batch, length, vocabulary]) for a finished stream."""
+        a = self.architecture
+        norm = self._model.get_submodule(a.final_norm)
+        weight = self.checkpoint.load(f"{a.final_norm}.weight", self.device).to(COMPUTE_DTYPE)
+        assign(norm, {"weight": weight})
+        tied = f"{a.head}.weight" not in self.checkpoint.weights
+        name = a.embedding if tied else a.head
+        head = self.checkpoint.load(f"{name}.weight", self.device).to(COMPUTE_DTYPE)
+        batch = max(1, TOKENS_PER_BATCH // hidden.shape[1] // 4)
+        with torch.inference_mode():
+            for start in range(0, len(hidden), batch):
+                part = norm(hidden[start : start + batch])
+                yield start, nn.functional.linear(part, head).float()
+
+    def _recorder(self, module: nn.Module) -> _Recorder | None:
+        found = [m for m in module.modules() if isinstance(m, _Recorder)]
+        return found[0] if found else None
+
+
+def check_finite(hidden: Tensor, where: str) -> None:
+    """Raise NumericalError, naming the place and the first sequence, for NaN or Inf."""
+    bad = ~torch.isfinite(hidden).flatten(1).all(dim=1)
+    if bool(bad.any()):
+        sequence = int(bad.nonzero()[0])
+        raise NumericalError(f"activations after {where} hold NaN or Inf (sequence {sequence})")

@@ -1,0 +1,65 @@
+"""The token sequences of a run, made once before the first long job."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.calibration import (
+    calibration_sequences,
+    digest,
+    load_tokenizer,
+    read_text,
+    tokenize,
+)
+from pipeline.errors import CalibrationError
+from pipeline.evaluate.windows import Windows, sliding_windows
+from pipeline.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Calibration sequences and evaluation windows of one recipe, tokenised by the source's
+    tokenizer."""
+
+    calibration: Tensor
+    """int64 [samples, length]"""
+    windows: Windows
+    labels: dict[str, str]
+    """What the evaluation windows are, kept with the reference."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of both, for the fingerprint."""
+        return {"calibration": digest(self.calibration), "windows": digest(self.windows.token_ids)}
+
+
+def prepare_texts(recipe: Recipe, model: Path, vocabulary: int) -> Texts:
+    """Read and tokenise what the recipe names; raises CalibrationError for what cannot be used."""
+    tokenizer = load_tokenizer(model)
+    calibration = calibration_sequences(
+        tokenizer,
+        recipe.calibration.sources,
+        samples=recipe.calibration.samples,
+        length=recipe.calibration.sequence_length,
+        seed=recipe.calibration.seed,
+    )
+    validate = recipe.validate_
+    text = read_text(validate.text)
+    tokens = tokenize(tokenizer, text)
+    windows = sliding_windows(tokens, validate.window, validate.stride, validate.max_windows)
+    highest = max(int(calibration.max()), int(windows.token_ids.max()))
+    if highest >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer of {model} gives token {highest},"
+            f" the model's vocabulary has {vocabulary}; tokenizer and model do not belong together"
+        )
+    labels = {
+        "text": Path(validate.text).name,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokens": str(len(tokens)),
+    }
+    return Texts(calibration, windows, labels)

@@ -1,0 +1,162 @@
+"""Stage 4: load the result hybrid and measure it against the record of its source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from pipeline import __version__, hybrid
+from pipeline.checkpoint.writer import write_json
+from pipeline.errors import CheckpointError, OutputError
+from pipeline.evaluate.metrics import compare
+from pipeline.evaluate.reference import Reference
+from pipeline.evaluate.speed import measure, timed
+from pipeline.report.build import expert_figures, judge, measured, with_digest
+from pipeline.stages.context import Context, Job
+from pipeline.stages.requantize import REFERENCE_FILE
+from pipeline.workdir import CONVERSION
+
+UNIT = "validate"
+REPORT_FILE = "report.json"
+PROMPT_TOKENS = 512
+DECODE_TOKENS = 64
+
+
+def jobs(context: Context) -> list[Job]:
+    """One unit: quality, then speed."""
+    windows = context.recipe.validate_.max_windows or 0
+    tokens = windows * context.recipe.validate_.window
+    g = context.geometry
+    active = g.layers * g.top_k * 3 * g.hidden * g.inner + g.vocabulary * g.hidden
+    return [
+        Job(
+            "validate",
+            UNIT,
+            inputs=(REFERENCE_FILE,),
+            outputs=(REPORT_FILE,),
+            bytes_read=sum(w.elements for w in context.checkpoint.weights.values()) // 2,
+            flops=2.0 * active * tokens,
+        )
+    ]
+
+
+class Validation:
+    """The stage; see the module's text."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def run(self, job: Job) -> None:
+        """Validate the finished output, unless its report already answers the same question."""
+        validate = self._context.recipe.validate_
+        if not (self._context.output / CONVERSION).is_file():
+            raise OutputError(f"{self._context.output} is not finished; run the earlier stages first")
+        thresholds = validate.thresholds.model_dump()
+        report = existing_report(self._context.output)
+        if report is not None and report.get("question") == _question(
+            self._context.output, int(validate.device_memory)
+        ):
+            report = with_digest(report | verdict(report, thresholds))
+        else:
+            report = validate_model(
+                self._context.output,
+                device_memory=int(validate.device_memory),
+                thresholds=thresholds,
+            )
+        write_json(self._context.output / REPORT_FILE, report)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def existing_report(model: Path) -> dict[str, Any] | None:
+    """The report beside a model, if there is one with a digest that fits."""
+    path = model / REPORT_FILE
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return report if with_digest(report) == report else None
+
+
+def validate_model(
+    model: Path,
+    *,
+    device_memory: int,
+    thresholds: Mapping[str, float | None],
+    reference: Reference | None = None,
+) -> dict[str, Any]:
+    """Measure a model directory against `reference`, or against the record it contains.
+
+    Returns the report.  Raises CheckpointError when there is no record.
+    """
+    if reference is None:
+        path = model / REFERENCE_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{model} holds no {REFERENCE_FILE}; give the source it was made from with --source"
+            )
+        reference = Reference.load(path)
+    loaded, load_seconds = timed(lambda: hybrid.load(model, device_memory=device_memory))
+    comparison = compare(loaded, reference)
+    prompt = reference.windows.token_ids[0, :PROMPT_TOKENS]
+    speed = measure(loaded, prompt, decode_tokens=DECODE_TOKENS)
+    conversion = _conversion(model)
+    report = {
+        "schema": 1,
+        "model": model.name,
+        "validated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **measured(comparison, speed, load_seconds),
+        "placement": loaded.hybrid_placement,
+        "experts": expert_figures(conversion),
+        "stages": conversion.get("stages", {}),
+        "baseline": conversion.get("baseline", "the reference's source"),
+        "text": dict(reference.labels),
+        "machine": machine(),
+        "question": _question(model, device_memory),
+    }
+    return with_digest(report | verdict(report, thresholds))
+
+
+def verdict(report: Mapping[str, Any], thresholds: Mapping[str, float | None]) -> dict[str, Any]:
+    """The part of a report that thresholds decide."""
+    failures = judge(report, thresholds)
+    return {"thresholds": dict(thresholds), "failures": failures, "passed": not failures}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "host_memory": psutil.virtual_memory().total,
+        "requant": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _question(model: Path, device_memory: int) -> dict[str, Any]:
+    """What was measured on what: equal questions need no second measurement."""
+    sums = model / "SHA256SUMS"
+    identity = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None
+    return {"sums": identity, "device_memory": device_memory, "machine": machine()}
+
+
+def _conversion(model: Path) -> dict[str, Any]:
+    path = model / CONVERSION
+    if not path.is_file():
+        return {}
+    data: dict[str, Any] = json.loads(path.read_text())
+    return data

@@ -1,0 +1,212 @@
+"""The work directory, its markers, and how a run resumes.
+
+A result NAME is built in `NAME.partial/` beside its final place and renamed once, whole.  Files that
+only the run itself needs live in `NAME.partial/.work/`:
+
+    work.json               says that the directory is ours, and the fingerprint of the whole run
+    markers/UNIT.json       one per finished unit: its output files with size and sha256, timings
+    ...                     activations and other state between units
+
+The fingerprint holds everything that can change a byte of the result: digests of the inputs, the
+parts of the recipe that matter, versions, device kind, thread count and the fixed tile sizes.  A run
+whose fingerprint differs from the one in work.json is refused with a line that names what changed;
+otherwise each unit whose marker and files are in place is skipped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.checkpoint.writer import FileRecord, write_json
+from pipeline.errors import OutputError
+
+MANIFEST = "work.json"
+CONVERSION = "conversion.json"
+"""In a finished output directory: how it was made; by its presence the directory is ours."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a finished unit left behind."""
+
+    unit: str
+    outputs: tuple[FileRecord, ...]
+    seconds: float
+    data: dict[str, Any] = field(default_factory=dict)
+    """What later units and the report need to know, as plain JSON types."""
+
+
+class WorkDirectory:
+    """`NAME.partial/` of one output path; use as a context manager to hold its lock."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.root = output.with_name(output.name + ".partial")
+        self.internal = self.root / ".work"
+        self._lock: IO[str] | None = None
+
+    def check(self) -> None:
+        """Raise OutputError if the output or work directory exists and is not ours."""
+        if self.output.is_symlink() or self.root.is_symlink():
+            raise OutputError(f"{self.output} is a symbolic link; give the real path")
+        for path in (self.output, self.root):
+            if path.exists() and not path.is_dir():
+                raise OutputError(f"{path} exists and is not a directory")
+        if _occupied(self.output) and not (self.output / CONVERSION).is_file():
+            raise OutputError(
+                f"{self.output} is not empty and was not made by requant; choose another output.path"
+            )
+        sealed = self._aside(".work").exists()  # cut off in the middle of `publish`
+        if _occupied(self.root) and not (sealed or (self.internal / MANIFEST).is_file()):
+            raise OutputError(
+                f"{self.root} is not empty and is no work directory of requant; move it away"
+            )
+
+    def open(self, fingerprint: Mapping[str, Any]) -> None:
+        """Create the directory, or take up an earlier run's; refuse another run's work."""
+        self.check()
+        (self.internal / "markers").mkdir(parents=True, exist_ok=True)
+        manifest = self.internal / MANIFEST
+        wanted = json.loads(json.dumps(fingerprint))
+        if manifest.is_file():
+            found = json.loads(manifest.read_text()).get("fingerprint", {})
+            changed = difference(found, wanted)
+            if changed:
+                raise OutputError(
+                    f"{self.root} holds unfinished work made differently: {changed};"
+                    " undo the change, or start again with --fresh"
+                )
+        else:
+            write_json(manifest, {"schema": 1, "fingerprint": wanted})
+
+    def __enter__(self) -> WorkDirectory:
+        """Take the lock; OutputError when another run holds it."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        path = self.output.with_name(f".{self.output.name}.lock")
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise OutputError(f"another run is working on {self.output}") from None
+        self._lock = lock
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def clear(self) -> None:
+        """Delete the work directory (and nothing that is not ours)."""
+        self.check()
+        if self.root.exists():
+            shutil.rmtree(self.root)
+
+    def finished(self, unit: str) -> Marker | None:
+        """The marker of a unit, if it is there and its files are in place with their sizes."""
+        path = self._marker_path(unit)
+        if not path.is_file():
+            return None
+        raw = json.loads(path.read_text())
+        outputs = tuple(FileRecord(**record) for record in raw["outputs"])
+        for record in outputs:
+            file = self.root / record.name
+            if not file.is_file() or file.stat().st_size != record.size:
+                return None
+        return Marker(raw["unit"], outputs, raw["seconds"], raw["data"])
+
+    def markers(self) -> list[Marker]:
+        """Markers of all finished units."""
+        names = sorted(path.stem for path in (self.internal / "markers").glob("*.json"))
+        return [marker for name in names if (marker := self.finished(name)) is not None]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What `open` was given."""
+        manifest = json.loads((self.internal / MANIFEST).read_text())
+        fingerprint: dict[str, Any] = manifest["fingerprint"]
+        return fingerprint
+
+    def finish(
+        self, unit: str, outputs: Sequence[FileRecord], seconds: float, data: Mapping[str, Any]
+    ) -> Marker:
+        """Record a unit as done; its files must be written and synced before."""
+        marker = Marker(unit, tuple(outputs), seconds, dict(data))
+        write_json(
+            self._marker_path(unit),
+            {
+                "unit": unit,
+                "outputs": [asdict(record) for record in outputs],
+                "seconds": round(seconds, 3),
+                "data": dict(data),
+            },
+        )
+        return marker
+
+    def publish(self) -> None:
+        """Give the finished directory its final name; a previous result of ours is replaced.
+
+        Three renames, each atomic; `recover` completes them after a kill at any point between.
+        """
+        self.internal.rename(self._aside(".work"))
+        if self.output.exists():
+            self.output.rename(self._aside(".previous"))
+        self.root.rename(self.output)
+        _sync_directory(self.output.parent)
+        self._discard()
+
+    def recover(self) -> None:
+        """Complete a `publish` that was cut off; does nothing otherwise."""
+        if not self._aside(".work").exists():
+            self._discard()
+            return
+        if self.root.exists():
+            if self.output.exists():
+                self.output.rename(self._aside(".previous"))
+            self.root.rename(self.output)
+        self._discard()
+
+    def _aside(self, suffix: str) -> Path:
+        return self.output.with_name(f".{self.output.name}{suffix}")
+
+    def _discard(self) -> None:
+        for suffix in (".previous", ".work"):
+            if self._aside(suffix).exists():
+                shutil.rmtree(self._aside(suffix))
+
+    def _marker_path(self, unit: str) -> Path:
+        return self.internal / "markers" / f"{unit}.json"
+
+
+def difference(found: Any, wanted: Any, where: str = "") -> str | None:
+    """The first place where two JSON values differ, as "key was X, is now Y"; None if nowhere."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted({*found, *wanted}):
+            at = f"{where}.{key}" if where else key
+            if key not in found or key not in wanted:
+                return f"{at} was {found.get(key, 'absent')}, is now {wanted.get(key, 'absent')}"
+            inner = difference(found[key], wanted[key], at)
+            if inner:
+                return inner
+        return None
+    return None if found == wanted else f"{where} was {found}, is now {wanted}"
+
+
+def _occupied(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
