@@ -36,6 +36,7 @@ def four_bit(
     quant_type: str = "nf4",
     block: int = 64,
     double: bool = True,
+    *,
     storage: torch.dtype = torch.uint8,
 ) -> dict[str, Tensor]:
     """The stored tensors of one bitsandbytes 4-bit matrix."""

@@ -58,17 +58,17 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     packed = codes[..., ::per_byte].contiguous()
     for i in range(1, per_byte):
         packed |= codes[..., i::per_byte] << (bits * i)
-    return packed.view(torch.int32)
+    # flat, since a dimension of size 1 may carry a stride that a view of wider words refuses
+    return packed.reshape(-1).view(torch.int32).view(*codes.shape[:-1], -1)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_words`: int32 `[..., m]` -> uint8 `[..., m * 32 / bits]`."""
-    data = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return data
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-    codes: Tensor = (data.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)
+    codes = words.reshape(-1).view(torch.uint8)
+    if bits != 8:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        codes = (codes.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.view(*words.shape[:-1], -1)
 
 
 def pack(quantized: QuantizedTensor, version: int = 1) -> dict[str, Tensor]:
