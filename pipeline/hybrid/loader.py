@@ -185,11 +185,9 @@ class _Loader:
         for weight in self.dense:
             tensors[weight.name] = self.checkpoint.load(weight.name, self.device, self.dtype)
             self._bytes["dense"] += tensors[weight.name].nbytes
-        head = f"{self.architecture.head}.weight"
-        tied = self.model.config.tie_word_embeddings and head not in tensors
-        if tied:
-            tensors[head] = tensors[f"{self.architecture.embedding}.weight"]
-        assign(self.model, tensors)
+        # A tied head is the embedding's own parameter, whether or not it is stored again.
+        tied = (self.architecture.head,) if self.model.config.tie_word_embeddings else ()
+        assign(self.model, {k: v for k, v in tensors.items() if not k.startswith(tied)}, tied)
         if tied:
             self.model.tie_weights()
         rotary = rotary_embedding(self.model, self.device)

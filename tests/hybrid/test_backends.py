@@ -9,7 +9,7 @@ from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 CPU = torch.device("cpu")
 
 
-def random_quantized(count, rows, columns, bits, group, symmetric, bf16_scales=True):
+def random_quantized(count, rows, columns, *, bits, group, symmetric, bf16_scales=True):
     scheme = AffineScheme(bits, group, symmetric)
     groups = columns // scheme.group(columns)
     scales = torch.rand(count, rows, groups) * 0.02 + 0.001
@@ -50,8 +50,8 @@ KINDS = [
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group", "rows", "columns", "name"), KINDS)
-def test_product(bits, group, rows, columns, name, symmetric):
-    quantized = random_quantized(3, rows, columns, bits, group, symmetric)
+def test_product(*, bits, group, rows, columns, name, symmetric):
+    quantized = random_quantized(3, rows, columns, bits=bits, group=group, symmetric=symmetric)
     backend = choose(quantized.scheme, rows, columns, CPU)
     assert backend.name == name
     weight = quantized.dequantize().double()
@@ -72,7 +72,7 @@ def test_product(bits, group, rows, columns, name, symmetric):
 
 @pytest.mark.parametrize(("bits", "name"), [(4, "int4pack"), (8, "int4halves")])
 def test_foreign_scales_are_rounded_and_reported(bits, name):
-    quantized = random_quantized(1, 32, 128, bits, 64, True, bf16_scales=False)
+    quantized = random_quantized(1, 32, 128, bits=bits, group=64, symmetric=True, bf16_scales=False)
     backend = BACKENDS[name]
     assert not backend.pack(quantized, torch.float32).rounded_scales
     packed = backend.pack(quantized, torch.bfloat16)
@@ -84,7 +84,7 @@ def test_foreign_scales_are_rounded_and_reported(bits, name):
 
 @pytest.mark.parametrize(("bits", "group", "rows", "columns", "name"), KINDS)
 def test_experts_are_held_in_their_bits(bits, group, rows, columns, name):
-    quantized = random_quantized(4, rows, columns, bits, group, True)
+    quantized = random_quantized(4, rows, columns, bits=bits, group=group, symmetric=True)
     packed = choose(quantized.scheme, rows, columns, CPU).pack(quantized, torch.bfloat16)
     codes = 4 * rows * columns * (1 if bits > 4 or columns % 2 else 0.5)
     groups = columns // quantized.scheme.group(columns)
@@ -94,7 +94,7 @@ def test_experts_are_held_in_their_bits(bits, group, rows, columns, name):
 
 def test_large_scales_do_not_overflow():
     """16 times a float16 scale leaves the range of float16, not that of bfloat16."""
-    quantized = random_quantized(1, 16, 32, 8, 32, True)
+    quantized = random_quantized(1, 16, 32, bits=8, group=32, symmetric=True)
     quantized.arrays["scales"].fill_(32768.0)
     x = torch.ones(1, 32).bfloat16()
     y = BACKENDS["int4halves"].pack(quantized, torch.bfloat16).multiply(0, x)
