@@ -71,8 +71,8 @@ def calibration_sequences(
         chunks.extend(tokens[: len(tokens) // length * length].split(length))
     if len(chunks) < samples:
         raise CalibrationError(
-            f"{', '.join(sources)}: {len(chunks)} sequences of {length} tokens, {samples} were asked"
-            f" for; set calibration.samples={len(chunks)}, shorten calibration.sequence_length or"
+            f"{', '.join(sources)}: {len(chunks)} sequences of {length} tokens, {samples} were"
+            f" asked for; set calibration.samples={len(chunks)}, shorten calibration.sequence_length or"
             " add text"
             if chunks
             else f"{', '.join(sources)}: not one sequence of {length} tokens;"

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the result misses its thresholds or is damaged, 2 the user
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,9 @@ Memory = Annotated[str, typer.Option(help="GPU memory that may be used, such as 
 
 
 @app.callback(invoke_without_command=True)
-def _main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
     if version:
         typer.echo(f"requant {__version__}")
         raise typer.Exit
@@ -89,7 +92,12 @@ def run(
 
     wanted, text = load_recipe(recipe, overrides or [])
     context = execute(
-        wanted, text, until=until, only=only, fresh=fresh, announce=lambda s: typer.echo(s, err=True)
+        wanted,
+        text,
+        until=until,
+        only=only,
+        fresh=fresh,
+        announce=_announce,
     )
     report = existing_report(context.output)
     if report is None or (until or only or "validate") != "validate":
@@ -106,7 +114,7 @@ def shard(
     """Split an existing GPTQ model into non-expert and expert files, to run it hybrid."""
     from pipeline.stages.shard import split_existing
 
-    split_existing(model, output, lambda line: typer.echo(line, err=True))
+    split_existing(model, output, _announce)
     typer.echo(f"result: {output}")
 
 
@@ -116,12 +124,12 @@ def validate(
     source: Annotated[Path | None, typer.Option(help="directory it was made from")] = None,
     text: Annotated[Path | None, typer.Option(help="with --source: the text to measure on")] = None,
     device_memory: Memory = "10GiB",
-    json_file: Annotated[Path | None, typer.Option("--json", help="also write the report here")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="copy of the report")] = None,
 ) -> None:
     """Measure perplexity, KL divergence, top-1 agreement and speed of a model, loaded hybrid."""
     from pipeline.stages.revalidate import revalidate
 
-    report = revalidate(model, source, text, device_memory, lambda s: typer.echo(s, err=True))
+    report = revalidate(model, source, text, device_memory, _announce)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     _finish(report, False, json_file)
@@ -156,6 +164,10 @@ def generate(
     typer.echo(f"\n{rate:.1f} tokens/s", err=True)
 
 
+def _announce(line: str) -> None:
+    typer.echo(line, err=True)
+
+
 def _finish(report: dict[str, Any], as_json: bool, path: Path | None) -> None:
     from pipeline.report.tables import result_table, show
 
@@ -179,6 +191,9 @@ def _print(title: str, pairs: dict[str, Any], as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script: user errors become one line and exit code 2."""
+    # Libraries' own advice (optional kernels that are not installed) says nothing a user can use.
+    for name in ("transformers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

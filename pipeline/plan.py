@@ -25,8 +25,8 @@ from pipeline.models.skeleton import architecture_of, build_skeleton, model_conf
 from pipeline.progress import size
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.recipe import Recipe
-from pipeline.stages.order import STAGES
 from pipeline.stages.context import Context, Job
+from pipeline.stages.order import STAGES
 from pipeline.workdir import WorkDirectory
 
 RUNTIME_BYTES = 1 << 30
@@ -77,7 +77,7 @@ def prepare(recipe: Recipe, text: str) -> Context:
 
 
 def plan(context: Context) -> Plan:
-    """All jobs of a run, with what they need; refuses what the machine or the limits cannot hold."""
+    """All jobs of a run, with what they need; refuses what machine or limits cannot hold."""
     jobs = tuple(job for stage in STAGES.values() for job in stage.jobs(context))
     result = Plan(
         jobs=jobs,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 
 from pipeline.errors import RecipeError
 
+
 class Section(BaseModel):
     """Base of all recipe sections: immutable, no unknown keys, no silent type changes."""
 
@@ -179,7 +180,9 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set takes key=value, such as requantize.group_size=32; got {override!r}")
+        raise RecipeError(
+            f"--set takes key=value, such as requantize.group_size=32; got {override!r}"
+        )
     *parents, last = key.split(".")
     node = data
     for parent in parents:

@@ -1,9 +1,9 @@
 """One new file = one new format, quantiser or architecture.
 
-A room (`pipeline.checkpoint.formats`, `pipeline.quantize.methods`, `pipeline.models`) holds one file
-per member.  Each file registers its member with the room's registry when it is imported, and the
-registry imports every file of the room the first time it is asked, so that adding a member edits
-no list anywhere.
+A room (`pipeline.checkpoint.formats`, `pipeline.quantize.methods`, `pipeline.models`) holds one
+file per member.  Each file registers its member with the room's registry when it is imported, and
+the registry imports every file of the room the first time it is asked, so that adding a member
+edits no list anywhere.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from pipeline.errors import CheckpointError, OutputError, RecipeError
 from pipeline.plan import Plan, plan, prepare
 from pipeline.progress import Reporter
 from pipeline.recipe import Recipe
-from pipeline.stages.order import STAGES
 from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
 from pipeline.stages.experts import TILE_EXPERTS
+from pipeline.stages.order import STAGES
 from pipeline.stages.requantize import streams_file
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.workdir import CONVERSION, difference
@@ -200,7 +200,8 @@ def _done(context: Context, whole: Plan) -> set[str]:
         if finished:
             done.add(job.unit)
     if last is not None and last.layer is not None:
-        if not (context.work.root / streams_file(last.layer)).is_file():
+        streams = context.work.root / streams_file(last.layer)
+        if not streams.is_file():
             done -= {j.unit for j in whole.jobs if j.stage == "requantize"}
     return done
 
@@ -210,4 +211,3 @@ def _title(job: Job, context: Context) -> str:
         kind = context.geometry.layer_kinds[job.layer].replace("_", " ")
         return f"{job.stage}: layer {job.layer + 1} of {context.geometry.layers} ({kind})"
     return job.unit.replace("-", ": ", 1)
-

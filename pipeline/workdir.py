@@ -1,16 +1,16 @@
 """The work directory, its markers, and how a run resumes.
 
-A result NAME is built in `NAME.partial/` beside its final place and renamed once, whole.  Files that
-only the run itself needs live in `NAME.partial/.work/`:
+A result NAME is built in `NAME.partial/` beside its final place and renamed once, whole.  Files
+that only the run itself needs live in `NAME.partial/.work/`:
 
     work.json               says that the directory is ours, and the fingerprint of the whole run
     markers/UNIT.json       one per finished unit: its output files with size and sha256, timings
     ...                     activations and other state between units
 
 The fingerprint holds everything that can change a byte of the result: digests of the inputs, the
-parts of the recipe that matter, versions, device kind, thread count and the fixed tile sizes.  A run
-whose fingerprint differs from the one in work.json is refused with a line that names what changed;
-otherwise each unit whose marker and files are in place is skipped.
+parts of the recipe that matter, versions, device kind, thread count and the fixed tile sizes.  A
+run whose fingerprint differs from the one in work.json is refused with a line that names what
+changed; otherwise each unit whose marker and files are in place is skipped.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class WorkDirectory:
                 raise OutputError(f"{path} exists and is not a directory")
         if _occupied(self.output) and not (self.output / CONVERSION).is_file():
             raise OutputError(
-                f"{self.output} is not empty and was not made by requant; choose another output.path"
+                f"{self.output} is not empty and was not made by requant;"
+                " choose another output.path"
             )
         sealed = self._aside(".work").exists()  # cut off in the middle of `publish`
         if _occupied(self.root) and not (sealed or (self.internal / MANIFEST).is_file()):
@@ -186,7 +187,7 @@ class WorkDirectory:
         return self.internal / "markers" / f"{unit}.json"
 
 
-def difference(found: Any, wanted: Any, where: str = "") -> str | None:
+def difference(found: object, wanted: object, where: str = "") -> str | None:
     """The first place where two JSON values differ, as "key was X, is now Y"; None if nowhere."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):

@@ -14,6 +14,7 @@ from pipeline.checkpoint.files import TensorFiles
 from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.header import FileHeader, read_header
 from pipeline.checkpoint.index import check_against, read_json, read_layout, resolve_inside
+from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.stored import State, StorageFormat, StoredWeight, TensorEntry
 from pipeline.checkpoint.summary import Summary, summarise
 from pipeline.errors import CheckpointError
@@ -109,9 +110,7 @@ class Checkpoint:
         """
         weights = self._find(names)
         self._resolve(weights)
-        groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for index, weight in enumerate(weights):
-            groups[self._layout(weight)].append(index)
+        groups = self._groups(weights)
         first = _known(weights[0])
         for weight in weights:
             state = _known(weight)
@@ -121,11 +120,11 @@ class Checkpoint:
                     f"to be stacked with it, is {first.dtype} {list(first.shape)}"
                 )
         dtype = dtype or first.dtype
-        decoded = [self._decode([weights[i] for i in group], device) for group in groups.values()]
+        decoded = [self._decode([weights[i] for i in group], device) for group in groups]
         if len(decoded) == 1:
             return decoded[0].to(dtype)
         out = torch.empty((len(weights), *first.shape), dtype=dtype, device=device)
-        for group, values in zip(groups.values(), decoded, strict=True):
+        for group, values in zip(groups, decoded, strict=True):
             out[torch.tensor(group, device=device)] = values.to(dtype)
         return out
 
@@ -146,6 +145,20 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no tensor is stored as {name}")
         self._require_data()
         return self._files.stack([self.entries[name]])[0]
+
+    def problems(self, names: Sequence[str]) -> list[Problem]:
+        """What is wrong with the values of these weights, laid out alike or not."""
+        weights = self._find(names)
+        try:
+            self._resolve(weights)
+        except CheckpointError as error:
+            return [Problem(str(self.path), str(error))]
+        found = []
+        for group in self._groups(weights):
+            some = [weights[i] for i in group]
+            storage = self._storage[some[0].format]
+            found += storage.problems(some, self._parts(some, "cpu"), self.config)
+        return found
 
     def check_states(self, names: Iterable[str] | None = None) -> None:
         """Read and check every stored description now (one per matrix), not at first use.
@@ -205,6 +218,13 @@ class Checkpoint:
             for part in weights[0].parts
             if part != skipped
         }
+
+    def _groups(self, weights: Sequence[StoredWeight]) -> list[list[int]]:
+        """Positions of weights that can be read and decoded together."""
+        groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for index, weight in enumerate(weights):
+            groups[self._layout(weight)].append(index)
+        return list(groups.values())
 
     def _layout(self, weight: StoredWeight) -> tuple[Any, ...]:
         """Equal for weights that can be read and decoded together."""

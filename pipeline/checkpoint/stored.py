@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
+from pipeline.checkpoint.problem import Problem
+from pipeline.errors import CheckpointError, UserError
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -138,6 +139,30 @@ class StorageFormat(Protocol):
         `[N, *part shape]`, all but the state part.  Raises NumericalError naming the tensor when
         a scale or a weight is NaN or Inf.
         """
+
+    def problems(
+        self,
+        weights: Sequence[StoredWeight],
+        parts: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+    ) -> list[Problem]:
+        """What verification finds wrong in the values of weights laid out alike.
+
+        `parts` as for `decode`, on the CPU; `config`: config.json.
+        """
+
+
+def decoding_problems(
+    storage: StorageFormat, weights: Sequence[StoredWeight], parts: Mapping[str, Tensor]
+) -> list[Problem]:
+    """The `problems` of a format whose every error shows in decoding: the first one found."""
+    state = weights[0].state
+    assert state is not None, "weights to be checked have been resolved"
+    try:
+        storage.decode(weights, state, parts)
+    except UserError as error:
+        return [Problem(next(iter(weights[0].parts.values())).file, str(error))]
+    return []
 
 
 def missing_part(weight: str, part: str, file: str) -> CheckpointError:

@@ -48,7 +48,10 @@ class Summary:
     """Format of the routers."""
     files: int
     headers_only: bool
-    oddities: list[str] = field(default_factory=list)
+    oddities: list[str]
+    """What is unusual, but can be read."""
+    conflicts: list[str]
+    """Where the tensors contradict config.json or one another."""
 
 
 def label(weight: StoredWeight) -> str:
@@ -92,6 +95,10 @@ class _Counts:
             self.stacked[expert.layer] = shape[0] if shape and len(shape) == 3 else 0
 
     @property
+    def quantised(self) -> bool:
+        return any(not name.startswith("dense") for name in self.formats)
+
+    @property
     def experts(self) -> int:
         counts = [len(found) for found in self.numbered.values()] or list(self.stacked.values())
         return max(counts, default=0)
@@ -129,7 +136,8 @@ def summarise(
         router=", ".join(sorted(counts.routers)) or "none",
         files=len(headers),
         headers_only=any(header.headers_only for header in headers.values()),
-        oddities=_oddities(config, counts),
+        oddities=_oddities(counts),
+        conflicts=_conflicts(config, counts),
     )
 
 
@@ -148,29 +156,33 @@ def _verdict(config: Mapping[str, Any], counts: _Counts) -> str:
     )
 
 
-def _oddities(config: Mapping[str, Any], counts: _Counts) -> list[str]:
+def _oddities(counts: _Counts) -> list[str]:
     found = []
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    quantised = any(not name.startswith("dense") for name in counts.formats)
     if len(counts.expert_formats) > 1:
         found.append(f"experts are stored in {len(counts.expert_formats)} ways")
     if any(not name.startswith("dense") for name in counts.routers):
         found.append("routers are quantised")
     if counts.numbered and counts.stacked:
         found.append("some layers hold experts one by one, others stacked")
+    plain = counts.expert_formats and all(
+        name.startswith("dense") for name in counts.expert_formats
+    )
+    if plain and counts.quantised:
+        found.append("experts are left unquantised beside quantised matrices")
+    return found
+
+
+def _conflicts(config: Mapping[str, Any], counts: _Counts) -> list[str]:
+    found = []
+    method = (config.get("quantization_config") or {}).get("quant_method")
     sizes = {len(experts) for experts in counts.numbered.values()}
     said = config.get("num_experts", config.get("num_local_experts"))
     if len(sizes) > 1:
         found.append(f"layers hold {min(sizes)} to {max(sizes)} experts")
     elif sizes and isinstance(said, int) and sizes != {said}:
         found.append(f"config.json says {said} experts, {max(sizes)} are stored")
-    if method and not quantised:
+    if method and not counts.quantised:
         found.append(f"config.json says {method}, no tensor is quantised")
-    if quantised and not method:
+    if counts.quantised and not method:
         found.append("tensors are quantised, config.json has no quantization_config")
-    plain = counts.expert_formats and all(
-        name.startswith("dense") for name in counts.expert_formats
-    )
-    if quantised and plain:
-        found.append("experts are left unquantised beside quantised matrices")
     return found

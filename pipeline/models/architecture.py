@@ -53,7 +53,7 @@ class Architecture:
     router: str
     """Names from here on are relative to the layer."""
     experts: str
-    """The module that transformers 5 calls as experts(hidden_states, top_k_index, top_k_weights)."""
+    """The module that transformers 5 calls as experts(hidden, top_k_index, top_k_weights)."""
     gate: str
     up: str
     down: str
@@ -73,7 +73,7 @@ class Architecture:
     geometry: Callable[[Mapping[str, Any]], Geometry]
     """Reads config.json; raises KeyError or ValueError for a config without the needed keys."""
     call_layer: Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
-    """(decoder layer, hidden [batch, length, hidden], rotary (cos, sin)) -> hidden, causal, no padding."""
+    """(layer module, hidden [batch, length, hidden], rotary (cos, sin)) -> hidden, causal."""
 
     def layer_prefix(self, layer: int) -> str:
         """Prefix of all tensor names of a layer, with its trailing dot."""

@@ -19,7 +19,9 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     architecture = ARCHITECTURES.get(str(model_type))
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"{where}: model_type {model_type!r} is not supported; known: {known}")
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is not supported; known: {known}"
+        )
     return architecture
 
 
@@ -59,7 +61,9 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Iterable[st
     skipped = tuple(ignore)
     expected = {k: v for k, v in module.named_parameters() if not k.startswith(skipped or "\0")}
     expected |= {
-        k: v for k, v in module.named_buffers() if k in tensors and not k.startswith(skipped or "\0")
+        k: v
+        for k, v in module.named_buffers()
+        if k in tensors and not k.startswith(skipped or "\0")
     }
     for name, parameter in expected.items():
         tensor = tensors.get(name)

@@ -18,7 +18,7 @@ def sweep_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor
     `damping`: fraction of the mean diagonal that is added to the diagonal.  A matrix that is not
     positive definite at that damping gets ten times as much, up to `DAMPING_STEPS` times.
 
-    Returns the factor float32 [E, in, in] and the damping used, float32 [E].  Raises
+    Returns the factor float32 [E, in, in] and what was added to each diagonal, float32 [E].  Raises
     NumericalError naming the first matrix that cannot be factorised.
 
     GPTQ asks for the upper Cholesky factor U of the inverse.  U^-1 is the upper factor V of
@@ -30,18 +30,16 @@ def sweep_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor
     diagonal = ordered.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(-1)
     # A matrix of zeros knows nothing of its inputs: all columns weigh the same.
-    unit = torch.where(mean == 0, torch.ones_like(mean), mean)
-    used = torch.full_like(mean, damping)
-    diagonal += (unit * used).unsqueeze(-1)
+    added = damping * torch.where(mean == 0, torch.ones_like(mean), mean)
+    diagonal += added.unsqueeze(-1)
     factor, info = torch.linalg.cholesky_ex(ordered)
     pending = info.nonzero().flatten()
     for _step in range(DAMPING_STEPS):
         if not len(pending):
-            return factor, used
+            break
         again = ordered[pending]
-        more = 9 * used[pending] * unit[pending]
-        used[pending] *= 10
-        again.diagonal(dim1=1, dim2=2).add_(more.unsqueeze(-1))
+        again.diagonal(dim1=1, dim2=2).add_(9 * added[pending].unsqueeze(-1))
+        added[pending] *= 10
         ordered[pending] = again
         factor[pending], info = torch.linalg.cholesky_ex(again)
         pending = pending[info.nonzero().flatten()]
@@ -50,7 +48,7 @@ def sweep_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor
             f"the Hessian of matrix {int(pending[0])} of the batch has no Cholesky factor even "
             f"with {DAMPING_STEPS} tenfold steps of damping; look for NaN or Inf in its inputs"
         )
-    return factor, used
+    return factor, added
 
 
 def _reordered(hessian: Tensor, index: Tensor) -> Tensor:

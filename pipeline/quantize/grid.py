@@ -10,20 +10,23 @@ same number.  Zero points are at least 1, since GPTQ v1 files store zero - 1 in 
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import NumericalError
+from pipeline.quantize.backend import Backend
 from pipeline.quantize.tensor import AffineScheme
 
 SMALLEST_SCALE = 2.0**-14
 """float16's smallest normal number; smaller groups are rounded on this grid."""
 LARGEST_SCALE = 65280.0
 """The largest number that both float16 and bfloat16 hold."""
-SEARCH_SHRINKS = tuple(1.04 - 0.04 * step for step in range(16))
-"""Ranges tried, as fractions of the group's own range."""
+SEARCH_SHRINKS = tuple(1.2 - 0.04 * step for step in range(18))
+"""Ranges tried, as fractions of the group's own range (above 1: small groups of few levels gain by
+a coarser grid that meets them)."""
 
 _SLAB_ELEMENTS = 1 << 17
 """Weights per step on a CPU: the step's temporaries stay in the cache."""
@@ -42,7 +45,12 @@ class Grid:
 
 
 def fit_grid(
-    weight: Tensor, scheme: AffineScheme, *, search: bool, importance: Tensor | None = None
+    weight: Tensor,
+    scheme: AffineScheme,
+    *,
+    search: bool,
+    importance: Tensor | None = None,
+    backend: Backend = "torch",
 ) -> Grid:
     """Choose scales and zeros for `weight` float [E, out, in].
 
@@ -52,12 +60,34 @@ def fit_grid(
     """
     experts, rows, columns = weight.shape
     group = scheme.group(columns)
-    groups = columns // group
-    flat = weight.reshape(experts * rows, groups, group)
-    scales = torch.empty((experts * rows, groups), dtype=torch.float16, device=weight.device)
-    zeros = torch.empty((experts * rows, groups), dtype=torch.uint8, device=weight.device)
+    shape = (experts, rows, columns // group)
+    if search and backend == "triton":
+        scale, zero = importlib.import_module("pipeline.quantize.triton_kernels").fit_groups(
+            weight,
+            importance,
+            group=group,
+            top=2**scheme.bits - 1,
+            symmetric_zero=2 ** (scheme.bits - 1) if scheme.symmetric else 0,
+            shrinks=SEARCH_SHRINKS,
+            smallest=SMALLEST_SCALE,
+        )
+        scales, zeros = _storable(scale), zero
+    else:
+        scales, zeros = _fit_slabs(weight.view(*shape, group), scheme, search, importance)
+    _refuse_unusable(scales)
+    return Grid(scales, zeros)
+
+
+def _fit_slabs(
+    weight: Tensor, scheme: AffineScheme, search: bool, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [E, out, groups] of [E, out, groups, group], a slab of rows at a time."""
+    experts, rows, groups, group = weight.shape
+    flat = weight.flatten(0, 1)
+    scales = torch.empty(flat.shape[:2], dtype=torch.float16, device=weight.device)
+    zeros = torch.empty(flat.shape[:2], dtype=torch.uint8, device=weight.device)
     elements = _SLAB_ELEMENTS if weight.device.type == "cpu" else _SLAB_ELEMENTS_DEVICE
-    step = max(1, elements // columns)
+    step = max(1, elements // (groups * group))
     expert_of_row = torch.arange(experts, device=weight.device).repeat_interleave(rows)
     for start in range(0, experts * rows, step):
         part = slice(start, start + step)
@@ -68,9 +98,7 @@ def fit_grid(
         scale, zero = _search(values, weights, scheme) if search else _range(values, scheme, 1.0)
         scales[part] = _storable(scale)
         zeros[part] = zero.to(torch.uint8)
-    _refuse_unusable(scales.view(experts, -1))
-    shape = (experts, rows, groups)
-    return Grid(scales.view(shape), zeros.view(shape))
+    return scales.view(experts, rows, groups), zeros.view(experts, rows, groups)
 
 
 def encode(values: Tensor, grid: Grid, bits: int) -> Tensor:
@@ -126,8 +154,8 @@ def _storable(scale: Tensor) -> Tensor:
 
 
 def _refuse_unusable(scales: Tensor) -> None:
-    """Raise for the first matrix of float16 [E, n] that holds an Inf scale."""
-    usable = torch.isfinite(scales).all(dim=1)
+    """Raise for the first matrix of float16 [E, out, groups] that holds an Inf scale."""
+    usable = torch.isfinite(scales).flatten(1).all(dim=1)
     if not bool(usable.all()):
         index = int((~usable).nonzero()[0, 0])
         raise NumericalError(

@@ -7,15 +7,20 @@ constant that no quantiser depends on.  Sums are kept in float32; the mean is fo
 
 from __future__ import annotations
 
+import importlib
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.precision import full_float32
 
-SLAB_TOKENS = 128
+HESSIAN_TOKENS = 256
 """Tokens of one expert in one product; the last of an expert is filled up with zeros."""
-SLABS = 16
-"""Products formed at once.  Part of what fixes the result's bytes; no memory limit changes it."""
+HESSIAN_EXPERTS = 8
+"""Experts summed at once, always this many.  Both are part of what fixes the result's bytes, and no
+memory limit changes them."""
 
 
 def routed_hessians(
@@ -26,44 +31,45 @@ def routed_hessians(
     `x_sorted`: float [S, in], the inputs ordered by expert; `offsets`: integer [E + 1], expert e
     has the rows offsets[e] to offsets[e + 1]; `weights`: float [S], a weight for each row's
     product; `out`: float32 [E, in, in] to add to (and return), so that token batches add up.
+
+    An expert's sum depends on its own rows only, not on the experts it is called with.
     """
     experts, columns = len(offsets) - 1, x_sorted.shape[1]
     if out is None:
         out = torch.zeros((experts, columns, columns), device=x_sorted.device)
     if weights is not None:
         x_sorted = x_sorted * weights.sqrt().unsqueeze(-1).to(x_sorted.dtype)
-    first, count, owner = _slabs(offsets.to(x_sorted.device))
-    within = torch.arange(SLAB_TOKENS, device=x_sorted.device)
+    offsets = offsets.to(x_sorted.device)
+    if solver_backend(x_sorted.device) == "triton":
+        kernels = importlib.import_module("pipeline.quantize.triton_kernels")
+        kernels.add_gram(x_sorted, offsets, out)
+        return out
     with full_float32():
-        for start in range(0, len(owner), SLABS):
-            part = slice(start, start + SLABS)
-            used = within < count[part].unsqueeze(1)
-            rows = torch.where(used, first[part].unsqueeze(1) + within, 0)
-            tokens = x_sorted[rows].float() * used.unsqueeze(-1)
-            products = torch.bmm(tokens.transpose(1, 2), tokens)
-            _add_by_owner(out, owner[part], products)
+        _add_tiles(x_sorted, offsets, out)
     return out
 
 
-def _slabs(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First row, rows used and expert of each slab; slabs that fill up the last step are empty."""
+def _add_tiles(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """Add the sums of all experts to `out`, a tile of experts of about equal size at a time."""
     sizes = offsets.diff()
-    slabs = (sizes + SLAB_TOKENS - 1) // SLAB_TOKENS
-    owner = torch.repeat_interleave(slabs)
-    place = torch.arange(len(owner), device=owner.device) - (slabs.cumsum(0) - slabs)[owner]
-    first = offsets[owner] + place * SLAB_TOKENS
-    count = (offsets[owner + 1] - first).clamp(max=SLAB_TOKENS)
-    fill = (0, -len(owner) % SLABS)
-    pad = torch.nn.functional.pad
-    return pad(first, fill), pad(count, fill), pad(owner, fill)
-
-
-def _add_by_owner(out: Tensor, owner: Tensor, products: Tensor) -> None:
-    """out[owner[i]] += products[i], always in the order of i."""
-    if out.device.type == "cpu":
-        out.index_add_(0, owner, products)  # in order; index_put_ on a CPU adds atomically
-    else:
-        out.index_put_((owner,), products, accumulate=True)  # sorted; index_add_ there is atomic
+    # Experts of one tile walk in step, so the tile lasts as long as its largest one.
+    by_size = sizes.argsort(stable=True)
+    padding = -len(by_size) % HESSIAN_EXPERTS
+    first = F.pad(offsets[by_size], (0, padding))
+    count = F.pad(sizes[by_size], (0, padding))
+    longest = count.view(-1, HESSIAN_EXPERTS).amax(1).tolist()
+    within = torch.arange(HESSIAN_TOKENS, device=out.device)
+    for tile, tokens in enumerate(longest):
+        part = slice(tile * HESSIAN_EXPERTS, (tile + 1) * HESSIAN_EXPERTS)
+        total = torch.zeros((HESSIAN_EXPERTS, *out.shape[1:]), device=out.device)
+        for start in range(0, tokens, HESSIAN_TOKENS):
+            place = within + start
+            used = place < count[part].unsqueeze(1)
+            rows = torch.where(used, first[part].unsqueeze(1) + place, 0)
+            slab = x_sorted[rows].float().masked_fill_(~used.unsqueeze(-1), 0)
+            total.baddbmm_(slab.transpose(1, 2), slab)
+        members = by_size[part]
+        out[members] += total[: len(members)]
 
 
 def shrink(hessian_sum: Tensor, counts: Tensor, all_token_mean: Tensor, strength: float) -> Tensor:

@@ -45,27 +45,20 @@ class Quantizer(Protocol):
         ...
 
 
-_LOSS_EXPERTS = 32  # matrices per step: bounds the float32 temporaries, changes no value
+_ENERGY_EXPERTS = 32  # matrices per step: bounds the float32 temporary, changes no value
 
 
-def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> Tensor:
-    """tr((W-Q) H (W-Q)^T) / tr(W H W^T) per matrix.
-
-    `weight`, `quantized`: float32 [E, out, in]; `hessian`: float32 [E, in, in] or None for the
-    identity.  Returns float32 [E].
-    """
-    losses = []
-    for start in range(0, weight.shape[0], _LOSS_EXPERTS):
-        part = slice(start, start + _LOSS_EXPERTS)
-        dense = weight[part]
-        error = dense - quantized[part]
-        moment = None if hessian is None else hessian[part]
-        lost, whole = _energy(error, moment), _energy(dense, moment)
-        losses.append(torch.where(whole > 0, lost / whole, torch.zeros_like(lost)))
-    return torch.cat(losses)
+def energy(rows: Tensor, hessian: Tensor | None) -> Tensor:
+    """tr(R H R^T), float32 [E], of float32 [E, out, in] and [E, in, in]; None: the identity."""
+    parts = []
+    for start in range(0, rows.shape[0], _ENERGY_EXPERTS):
+        part = rows[start : start + _ENERGY_EXPERTS]
+        moment = None if hessian is None else hessian[start : start + _ENERGY_EXPERTS]
+        product = part * part if moment is None else torch.bmm(part, moment).mul_(part)
+        parts.append(product.sum(dim=(1, 2)))
+    return torch.cat(parts)
 
 
-def _energy(rows: Tensor, moment: Tensor | None) -> Tensor:
-    """tr(R H R^T) per matrix of [E, out, in]."""
-    products = rows if moment is None else torch.bmm(rows, moment)
-    return (products * rows).sum(dim=(1, 2))
+def relative(lost: Tensor, whole: Tensor) -> Tensor:
+    """lost / whole; 0 where there was nothing to lose."""
+    return torch.where(whole > 0, lost / whole, torch.zeros_like(lost))

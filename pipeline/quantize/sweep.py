@@ -13,25 +13,33 @@ Across blocks the sum is one batched product, within a block it is built up colu
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
+from pipeline.quantize.backend import Backend
 from pipeline.quantize.grid import Grid
 
-BLOCK_COLUMNS = 32
-"""Columns per block in plain torch."""
+BLOCK_COLUMNS: dict[Backend, int] = {"torch": 32, "triton": 128}
+"""Columns per block; plain torch updates a block's remainder by one rank at a time."""
 
 
-def sweep(weight: Tensor, factor: Tensor, order: Tensor, grid: Grid, bits: int) -> Tensor:
-    """Codes of `weight` float32 [E, out, in], uint8 of the same shape, in stored order.
+def sweep(
+    weight: Tensor, factor: Tensor, order: Tensor, grid: Grid, *, bits: int, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Codes of `weight` float32 [E, out, in] in stored order, and what they cost.
 
     `factor` float32 [E, in, in] and `order` int64 [E, in] as in `factor.sweep_factor` (the factor
-    is overwritten); `grid`: scales and zeros, fixed beforehand.
+    is overwritten); `grid`: scales and zeros, fixed beforehand; `bits`: of a code.
+
+    Returns uint8 [E, out, in] and float32 [E]: |(W - Q) L|^2, the error under the damped Hessian.
     """
     experts, rows, columns = weight.shape
     groups = grid.scales.shape[-1]
     device = weight.device
-    factor /= factor.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()
+    pivot = factor.diagonal(dim1=1, dim2=2).clone()
+    factor /= pivot.unsqueeze(1)
     reverse = order.flip(-1)  # working position -> stored column, [E, in]
     matrix = torch.arange(experts, device=device).unsqueeze(1)
     stored_row = (reverse + matrix * columns).t().reshape(-1)  # of [E * in, out]
@@ -40,26 +48,26 @@ def sweep(weight: Tensor, factor: Tensor, order: Tensor, grid: Grid, bits: int) 
     zeros = _columns_first(grid.zeros.float())
     working = _columns_first(weight).index_select(0, stored_row).view(columns, experts, rows)
     codes = torch.empty((experts * columns, rows), dtype=torch.uint8, device=device)
-    for stop in range(columns, 0, -BLOCK_COLUMNS):
-        start = max(0, stop - BLOCK_COLUMNS)
+    energy = torch.zeros(experts, device=device)
+    round_block = _round_block
+    if backend == "triton":
+        round_block = importlib.import_module("pipeline.quantize.triton_kernels").round_block
+    for stop in range(columns, 0, -BLOCK_COLUMNS[backend]):
+        start = max(0, stop - BLOCK_COLUMNS[backend])
         block = slice(start, stop)
         target = working[block].clone()
         if stop < columns:
-            torch.baddbmm(
-                target.permute(1, 0, 2),
-                factor[:, stop:, block].transpose(1, 2),
-                working[stop:].permute(1, 0, 2),
-                out=target.permute(1, 0, 2),
-            )
+            pull = factor[:, stop:, block].transpose(1, 2)
+            target.permute(1, 0, 2).baddbmm_(pull, working[stop:].permute(1, 0, 2))
         pick = slice(start * experts, stop * experts)
         scale = scales.index_select(0, group_row[pick]).view(-1, experts, rows)
         zero = zeros.index_select(0, group_row[pick]).view(-1, experts, rows)
-        within = factor[:, block, block].permute(1, 2, 0).unsqueeze(-1).contiguous()
-        signed = _round_block(
-            working[block], target, within, scale=scale, zero=zero, top=2**bits - 1
+        done = round_block(
+            working[block], target, factor, start=start, scale=scale, zero=zero, top=2**bits - 1
         )
-        codes.index_copy_(0, stored_row[pick], signed.add_(zero).to(torch.uint8).view(-1, rows))
-    return codes.view(experts, columns, rows).transpose(1, 2).contiguous()
+        codes.index_copy_(0, stored_row[pick], done.view(-1, rows))
+        energy += target.mul_(pivot[:, block].t().unsqueeze(-1)).square_().sum(dim=(0, 2))
+    return codes.view(experts, columns, rows).transpose(1, 2).contiguous(), energy
 
 
 def _columns_first(values: Tensor) -> Tensor:
@@ -68,19 +76,32 @@ def _columns_first(values: Tensor) -> Tensor:
 
 
 def _round_block(
-    weight: Tensor, target: Tensor, within: Tensor, *, scale: Tensor, zero: Tensor, top: int
+    weight: Tensor,
+    target: Tensor,
+    factor: Tensor,
+    *,
+    start: int,
+    scale: Tensor,
+    zero: Tensor,
+    top: int,
 ) -> Tensor:
-    """Round one block's columns, last to first; all arguments [columns, E, out] but `within`.
+    """Round the columns of one block, last to first; returns codes uint8 [columns, E, out].
 
-    `within` [columns, columns, E, 1]: the unit lower triangle.  `weight` is overwritten with
-    W - Q.  Returns code - zero as float32, in the place of `target`.
+    `weight`, `target`, `scale` and `zero` are float32 [columns, E, out]; `factor` [E, in, in] has
+    the block's triangle at `start`, its diagonal 1.  In place, `weight` becomes W - Q and `target`
+    becomes what was left of each target after rounding.
     """
+    size = weight.shape[0]
+    block = slice(start, start + size)
+    within = factor[:, block, block].permute(1, 2, 0).unsqueeze(-1).contiguous()
+    signed = torch.empty_like(target)
     low, high = -zero, top - zero
-    for column in range(weight.shape[0] - 1, -1, -1):
-        signed = (target[column] / scale[column]).round_()
-        signed = torch.clamp(signed, low[column], high[column])
-        error = weight[column].addcmul_(signed, scale[column], value=-1)
+    for column in range(size - 1, -1, -1):
+        goal, code = target[column], signed[column]
+        torch.div(goal, scale[column], out=code)
+        torch.clamp(code.round_(), low[column], high[column], out=code)
+        error = weight[column].addcmul_(code, scale[column], value=-1)
+        goal.addcmul_(code, scale[column], value=-1)
         if column:
             target[:column].addcmul_(within[column, :column], error)
-        target[column] = signed
-    return target
+    return signed.add_(zero).to(torch.uint8)

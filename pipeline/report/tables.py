@@ -35,7 +35,10 @@ def result_table(report: Mapping[str, Any]) -> Table:
     if experts:
         rows += [
             ("experts per layer", str(experts["count"])),
-            ("tokens per expert, least / median", f"{experts['tokens_min']} / {experts['tokens_median']:.0f}"),
+            (
+                "tokens per expert, least / median",
+                f"{experts['tokens_min']} / {experts['tokens_median']:.0f}",
+            ),
             ("matrices solved by plain rounding", str(experts["fallback"])),
         ]
     verdict = "passed" if report["passed"] else "FAILED: " + "; ".join(report["failures"])

@@ -7,7 +7,6 @@ unless the recipe says `dequantize: {write: true}`, which makes a standard bf16 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.index import build_index
+from pipeline.checkpoint.sums import digest_file
 from pipeline.checkpoint.writer import FileRecord, write_json, write_safetensors
 from pipeline.errors import OutputError
 from pipeline.stages.context import Context, Job
@@ -26,7 +26,6 @@ from pipeline.workdir import CONVERSION, Marker
 
 CHECK_UNIT = "dequantize-check"
 WRITE_UNIT = "dequantize-write"
-READ_BYTES = 8 << 20
 HASHING_THREADS = 4
 
 
@@ -66,10 +65,7 @@ class Dequantize:
     def run(self, job: Job) -> None:
         """Check the source, or write it as bf16."""
         started = time.monotonic()
-        if job.unit == CHECK_UNIT:
-            data = self._check()
-        else:
-            data = self._write()
+        data = self._check() if job.unit == CHECK_UNIT else self._write()
         self._context.work.finish(job.unit, [], time.monotonic() - started, data)
 
     def close(self) -> None:
@@ -80,7 +76,7 @@ class Dequantize:
         checkpoint.check_states()
         paths = [checkpoint.path / name for name in sorted(checkpoint.headers)]
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            digests = list(pool.map(file_digest, paths))
+            digests = list(pool.map(digest_file, paths))
         formats: dict[str, int] = {}
         for weight in checkpoint.weights.values():
             formats[weight.format] = formats.get(weight.format, 0) + 1
@@ -149,15 +145,6 @@ class Dequantize:
         return out
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file, read once in large pieces."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            state.update(piece)
-    return state.hexdigest()
-
-
 def identity(path: Path) -> dict[str, int]:
     """Size and time of change: equal ones spare reading the file again."""
     status = path.stat()
@@ -170,7 +157,7 @@ def check_unchanged(context: Context, marker: Marker) -> None:
         path = context.checkpoint.path / name
         now = identity(path) if path.is_file() else {}
         same = now == {k: known[k] for k in ("size", "mtime_ns")}
-        if not same and (not now or file_digest(path) != known["sha256"]):
+        if not same and (not now or digest_file(path) != known["sha256"]):
             raise OutputError(
                 f"source file {path} has changed since {context.work.root} was begun;"
                 " put the old file back, or start again with --fresh"

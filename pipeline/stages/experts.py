@@ -130,9 +130,7 @@ def decode_tile(job: TileSource) -> DenseTile:
     return DenseTile(torch.cat([stack(a.gate), stack(a.up)], dim=1), stack(a.down))
 
 
-def add_output(
-    job: TileSource, tile: DenseTile, routed: Routed, total: Tensor
-) -> None:
+def add_output(job: TileSource, tile: DenseTile, routed: Routed, total: Tensor) -> None:
     """Add the tile's weighted outputs to `total`, float32 [tokens, hidden].
 
     Experts are added one after another, so that no two additions meet the same row at once: the sum

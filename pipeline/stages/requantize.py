@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.checkpoint.split import experts_file
 from pipeline.checkpoint.writer import FileRecord, write_safetensors
 from pipeline.evaluate.reference import ReferenceBuilder
 from pipeline.evaluate.windows import Windows
@@ -31,7 +32,6 @@ from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.stages.context import Context, Job
-from pipeline.stages.formats import output_format
 from pipeline.stages.experts import (
     DOWN_SAMPLE_TOKENS,
     TILE_EXPERTS,
@@ -44,14 +44,10 @@ from pipeline.stages.experts import (
     sort_by_expert,
     tiles,
 )
+from pipeline.stages.formats import output_format
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded, check_finite
 
 REFERENCE_FILE = "validation_reference.safetensors"
-
-
-def expert_file(layer: int) -> str:
-    """Final name of a layer's expert file."""
-    return f"model-experts-layer-{layer:03d}.safetensors"
 
 
 def dense_file(layer: int | None) -> str:
@@ -99,7 +95,7 @@ def jobs(context: Context) -> list[Job]:
                 stage="requantize",
                 unit=layer_unit(layer),
                 inputs=tuple(sorted(by_layer[layer].files)),
-                outputs=(dense_file(layer), *([expert_file(layer)] if sparse else [])),
+                outputs=(dense_file(layer), *([experts_file(layer)] if sparse else [])),
                 bytes_read=by_layer[layer].nbytes,
                 bytes_written=experts + 2 * dense_elements,
                 flops=flops,
@@ -261,9 +257,7 @@ class Requantize:
             check_finite(calibration, "the embedding")
         else:
             saved = load_file(self._context.work.root / streams_file(layer - 1))
-            calibration, evaluation = (
-                saved[k].to(device) for k in ("calibration", "evaluation")
-            )
+            calibration, evaluation = (saved[k].to(device) for k in ("calibration", "evaluation"))
         self._streams = _Streams(layer - 1, calibration, evaluation)
         return self._streams
 
@@ -286,7 +280,7 @@ class Requantize:
             streams.calibration, streams.evaluation = recorded.base, source.base
         else:
             experts, statistics = self._experts(layer, recorded, source, streams)
-            files[expert_file(layer)] = experts
+            files[experts_file(layer)] = experts
             data |= statistics
         streams.after = layer
         where = f"layer {layer}"
@@ -320,8 +314,7 @@ class Requantize:
                 )
                 full = f"{architecture.layer_prefix(layer)}{name}"
                 packed[full] = {
-                    part: stack[0].cpu()
-                    for part, stack in self._pack(solved.quantized).items()
+                    part: stack[0].cpu() for part, stack in self._pack(solved.quantized).items()
                 }
                 losses[name] = float(solved.loss[0])
                 dense = solved.quantized.dequantize(COMPUTE_DTYPE)[0]
@@ -475,4 +468,3 @@ def _present(module: nn.Module, group: ModuleGroup) -> bool:
     except AttributeError:
         return False
     return True
-

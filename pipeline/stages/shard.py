@@ -7,7 +7,7 @@ directory gets its final name.  `split_existing` does the same for a GPTQ model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,24 @@ from pipeline import __version__
 from pipeline.checkpoint.header import read_header
 from pipeline.checkpoint.index import INDEX_NAME, build_index
 from pipeline.checkpoint.reader import Checkpoint
-from pipeline.checkpoint.shard_map import build_shard_map
+from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, MappedFile, build_shard_map
+from pipeline.checkpoint.split import experts_file, plan_split
 from pipeline.checkpoint.sums import write_sums
 from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import architecture_of
+from pipeline.quantize.tensor import AffineScheme
 from pipeline.report.build import with_digest
 from pipeline.stages.context import Context, Job
-from pipeline.stages.dequantize import file_digest
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.requantize import (
     REFERENCE_FILE,
     REFERENCE_UNIT,
     dense_file,
-    expert_file,
     layer_unit,
 )
-from pipeline.stages.side_files import SIDE_FILES, copy_side_files
+from pipeline.stages.side_files import copy_side_files
 from pipeline.workdir import CONVERSION, WorkDirectory
 
 UNIT = "shard"
@@ -61,7 +61,7 @@ def jobs(context: Context) -> list[Job]:
             "shard",
             UNIT,
             tuple(dense_file(layer) for layer in layers),
-            ("model-nonexpert-*.safetensors", INDEX_NAME, "config.json", "shard_map.json"),
+            ("model-nonexpert-*.safetensors", INDEX_NAME, "config.json", MAP_NAME),
             bytes_read=dense,
             bytes_written=dense,
             host_bytes=min(dense, NONEXPERT_BYTES),
@@ -88,10 +88,16 @@ class Shard:
         if last is None or len(layers) != context.geometry.layers:
             raise OutputError(f"{root}: requantize is not finished; run it first")
         records = {r.name: r for m in [*layers, last] for r in m.outputs}
-        sources = [root / dense_file(i) for i in [None, *range(context.geometry.layers)]]
-        nonexpert = write_nonexpert(root, _pieces(sources))
+        dense = {
+            name: (root / dense_file(i), nbytes)
+            for i in [None, *range(context.geometry.layers)]
+            for name, nbytes in _sizes(root / dense_file(i)).items()
+        }
+        nonexpert = write_nonexpert(
+            root, {n: size for n, (_, size) in dense.items()}, lambda n: _read(dense[n][0], n)
+        )
         experts = {
-            records[expert_file(i)]: (i, _sizes(root / expert_file(i)))
+            records[experts_file(i)]: (i, _sizes(root / experts_file(i)))
             for i in context.geometry.moe_layers
         }
         tokens = {m.data["layer"]: m.data.get("tokens") for m in layers}
@@ -119,11 +125,9 @@ class Shard:
         recipe = context.recipe.requantize
         plain = {k: v for k, v in context.checkpoint.config.items() if k != "quantization_config"}
         quantization = output_format(recipe.method).quantization_config(
-            bits=recipe.bits,
-            group_size=recipe.group_size,
-            symmetric=recipe.symmetric,
-            rules=module_rules(context.architecture, recipe.modules),
-            version=__version__,
+            AffineScheme(recipe.bits, recipe.group_size, recipe.symmetric),
+            module_rules(context.architecture, recipe.modules),
+            __version__,
         )
         return plain | {"dtype": "bfloat16", "quantization_config": quantization}
 
@@ -149,46 +153,26 @@ class Shard:
         )
 
 
-def write_nonexpert(root: Path, tensors: Iterator[dict[str, Tensor]]) -> Sizes:
-    """Write tensors, given in pieces, as shards of at most NONEXPERT_BYTES each.
+Read = Callable[[str], Tensor]
 
-    A shard's final name holds the number of shards, so they are renamed when that is known.
+
+def write_nonexpert(root: Path, nbytes: Mapping[str, int], read: Read) -> Sizes:
+    """Write the tensors outside the routed experts as shards of at most NONEXPERT_BYTES each.
+
+    `nbytes`: stored bytes of each; `read` gives a tensor by name, one shard's at a time.
     """
     for stale in root.glob("model-nonexpert-*.safetensors"):
         stale.unlink()
-    shards: list[tuple[FileRecord, dict[str, int]]] = []
-    gathered: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        path = root / f"model-nonexpert-{len(shards) + 1:05d}.part.safetensors"
-        record = write_safetensors(path, gathered)
-        shards.append((record, {name: t.nbytes for name, t in gathered.items()}))
-        gathered.clear()
-
-    for piece in tensors:
-        for name, tensor in piece.items():
-            held = sum(t.nbytes for t in gathered.values())
-            if gathered and held + tensor.nbytes > NONEXPERT_BYTES:
-                flush()
-            gathered[name] = tensor
-    flush()
     written: Sizes = {}
-    for number, (record, sizes) in enumerate(shards, start=1):
-        name = f"model-nonexpert-{number:05d}-of-{len(shards):05d}.safetensors"
-        (root / record.name).rename(root / name)
-        written[FileRecord(name, record.size, record.sha256)] = sizes
+    for shard in plan_split(nbytes, NONEXPERT_BYTES):
+        record = write_safetensors(root / shard.name, {n: read(n) for n in shard.tensors})
+        written[record] = {n: nbytes[n] for n in shard.tensors}
     return written
 
 
 def seal(root: Path, records: Sequence[FileRecord]) -> None:
-    """Write SHA256SUMS over the records and over the small files that were copied."""
-    known = {record.name for record in records}
-    small = [
-        FileRecord(path.name, path.stat().st_size, file_digest(path))
-        for path in sorted(root.iterdir())
-        if path.is_file() and path.name in SIDE_FILES and path.name not in known
-    ]
-    write_sums(root, [*records, *small])
+    """Write SHA256SUMS; the records spare reading those files again."""
+    write_sums(root, {record.name: record.sha256 for record in records})
 
 
 def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -> None:
@@ -225,10 +209,10 @@ def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -
         for layer in geometry.moe_layers:
             announce(f"layer {layer + 1} of {geometry.layers}")
             tensors = {n: checkpoint.read(n) for n, owner in owners.items() if owner == layer}
-            record = write_safetensors(work.root / expert_file(layer), tensors)
+            record = write_safetensors(work.root / experts_file(layer), tensors)
             experts[record] = (layer, {n: t.nbytes for n, t in tensors.items()})
-        rest = ({n: checkpoint.read(n)} for n, owner in owners.items() if owner is None)
-        nonexpert = write_nonexpert(work.root, rest)
+        rest = {n: checkpoint.entries[n].nbytes for n, owner in owners.items() if owner is None}
+        nonexpert = write_nonexpert(work.root, rest, checkpoint.read)
         sealed = write_tables(work.root, checkpoint.config, nonexpert, experts, {}, geometry)
         write_json(work.root / CONVERSION, with_digest({"schema": 1, "kind": "split"}))
         copy_side_files(model, work.root)
@@ -247,25 +231,27 @@ def write_tables(
     """config.json, the index and the shard map; `tokens`: per layer, tokens each expert saw."""
     files = {record.name: sizes for record, sizes in nonexpert.items()}
     files |= {record.name: sizes for record, (_, sizes) in experts.items()}
-    shard_map = build_shard_map(
-        nonexpert=list(nonexpert),
-        experts={layer: record for record, (layer, _) in experts.items()},
-        tokens=tokens,
-        experts_per_layer=geometry.experts,
-    )
+    mapped = [MappedFile(r.name, "nonexpert", None, r.size, r.sha256) for r in nonexpert]
+    mapped += [
+        MappedFile(r.name, "experts", layer, r.size, r.sha256) for r, (layer, _) in experts.items()
+    ]
+    layers = {
+        layer: LayerExperts(
+            geometry.experts, sum(sizes.values()) // geometry.experts, tokens.get(layer)
+        )
+        for layer, sizes in experts.values()
+    }
     return [
         write_json(root / "config.json", config),
         write_json(root / INDEX_NAME, build_index(files)),
-        write_json(root / "shard_map.json", shard_map),
+        write_json(root / MAP_NAME, build_shard_map(mapped, layers)),
     ]
 
 
-def _pieces(paths: Sequence[Path]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of files, one at a time."""
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            for name in sorted(file.keys()):
-                yield {name: file.get_tensor(name)}
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,9 @@ class Validation:
         """Validate the finished output, unless its report already answers the same question."""
         validate = self._context.recipe.validate_
         if not (self._context.output / CONVERSION).is_file():
-            raise OutputError(f"{self._context.output} is not finished; run the earlier stages first")
+            raise OutputError(
+                f"{self._context.output} is not finished; run the earlier stages first"
+            )
         thresholds = validate.thresholds.model_dump()
         report = existing_report(self._context.output)
         if report is not None and report.get("question") == _question(

@@ -29,7 +29,14 @@ from torch import Tensor
 from pipeline.checkpoint.bnb import functional
 from pipeline.checkpoint.finite import require_finite
 from pipeline.checkpoint.formats import FORMATS
-from pipeline.checkpoint.stored import State, StoredWeight, TensorEntry, missing_part
+from pipeline.checkpoint.problem import Problem
+from pipeline.checkpoint.stored import (
+    State,
+    StoredWeight,
+    TensorEntry,
+    decoding_problems,
+    missing_part,
+)
 from pipeline.errors import CheckpointError
 
 MARK = ".quant_state."
@@ -188,6 +195,15 @@ class Bnb4:
             packed = torch.nn.functional.pad(packed, (0, padding))
         dense = _decode_blocks(packed.reshape(-1), absmax.reshape(-1), blocks, state.dtype)
         return dense.view(len(weights), -1)[:, :elements].reshape(len(weights), *state.shape)
+
+    def problems(
+        self,
+        weights: Sequence[StoredWeight],
+        parts: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+    ) -> list[Problem]:
+        """What decoding refuses."""
+        return decoding_problems(self, weights, parts)
 
     def _absmax(
         self, weights: Sequence[StoredWeight], blocks: Blocks, parts: Mapping[str, Tensor]

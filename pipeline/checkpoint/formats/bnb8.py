@@ -17,7 +17,14 @@ from torch import Tensor
 from pipeline.checkpoint.bnb import functional
 from pipeline.checkpoint.finite import require_finite
 from pipeline.checkpoint.formats import FORMATS
-from pipeline.checkpoint.stored import State, StoredWeight, TensorEntry, missing_part
+from pipeline.checkpoint.problem import Problem
+from pipeline.checkpoint.stored import (
+    State,
+    StoredWeight,
+    TensorEntry,
+    decoding_problems,
+    missing_part,
+)
 from pipeline.errors import CheckpointError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -104,6 +111,15 @@ class Bnb8:
         rows = parts["weight"].reshape(-1, state.shape[1])
         dense: Tensor = functional().int8_vectorwise_dequant(rows, scales.reshape(-1))
         return dense.to(state.dtype).view(len(weights), *state.shape)
+
+    def problems(
+        self,
+        weights: Sequence[StoredWeight],
+        parts: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+    ) -> list[Problem]:
+        """What decoding refuses."""
+        return decoding_problems(self, weights, parts)
 
 
 FORMATS.register(Bnb8.name, Bnb8())

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from pipeline.checkpoint.finite import require_finite
 from pipeline.checkpoint.formats import FORMATS
-from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry
+from pipeline.checkpoint.problem import Problem
+from pipeline.checkpoint.stored import (
+    DTYPES,
+    State,
+    StoredWeight,
+    TensorEntry,
+    decoding_problems,
+)
 from pipeline.errors import CheckpointError
 
 PLAIN = ("BF16", "F16", "F32", "F64", "I64", "BOOL")
@@ -60,6 +67,15 @@ class Dense:
         data = parts["data"]
         require_finite(data, [weight.name for weight in weights])
         return data
+
+    def problems(
+        self,
+        weights: Sequence[StoredWeight],
+        parts: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+    ) -> list[Problem]:
+        """What decoding refuses."""
+        return decoding_problems(self, weights, parts)
 
 
 FORMATS.register(Dense.name, Dense())

@@ -16,7 +16,6 @@ touches each code once and needs no 32-bit copies of them.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,10 @@ from torch import Tensor
 
 from pipeline.checkpoint.finite import require_finite
 from pipeline.checkpoint.formats import FORMATS
+from pipeline.checkpoint.gptq_settings import settings_of
+from pipeline.checkpoint.problem import Problem
+from pipeline.checkpoint.gptq_settings import quantization_config
+from pipeline.checkpoint.output import ModuleRules
 from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry, missing_part
 from pipeline.errors import CheckpointError
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -35,9 +38,6 @@ BITS = (2, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 DECODE_ELEMENTS = 1 << 26
 """Elements decoded at a time (four float32 temporaries of this size)."""
-
-_LAYER = re.compile(r"\\.layers\\.\d+\\.")
-_RELATIVE = re.compile(r"^.*\.layers\.\d+\.")
 
 assert sys.byteorder == "little", "words are assembled from bytes"
 
@@ -133,36 +133,6 @@ def unpack(parts: Mapping[str, Tensor], scheme: AffineScheme, version: int = 1) 
     return QuantizedTensor(scheme, arrays)
 
 
-def quantization_config(
-    scheme: AffineScheme, quantized: Sequence[str], skipped: Sequence[str], meta: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json, telling every reader what is left dense.
-
-    quantized: module names relative to a decoder layer that are packed, by prefix, such as
-    "mlp.experts".  skipped: full names of all linear modules that are not.  Readers look in
-    different places: GPTQModel and vLLM at `dynamic` (regular expressions; "-:" means leave
-    alone) and `modules_in_block_to_quantize`, transformers at `modules_to_not_convert`.
-    """
-    patterns = sorted(
-        {_LAYER.sub(lambda _: r"\.layers\.\d+\.", re.escape(name)) for name in skipped}
-    )
-    relative = sorted({_RELATIVE.sub("", name) for name in skipped})
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": scheme.symmetric,
-        "desc_act": False,
-        "lm_head": False,
-        "pack_dtype": "int32",
-        "dynamic": {f"-:^{pattern}$": {} for pattern in patterns},
-        "modules_in_block_to_quantize": [list(quantized)],
-        "modules_to_not_convert": relative,
-        "meta": dict(meta),
-    }
-
-
 class Gptq:
     """AutoGPTQ versions 1 and 2, at 2, 4 and 8 bits."""
 
@@ -235,6 +205,16 @@ class Gptq:
         state = State((rows, columns), dtype, (bits, groups, version), details)
         return StoredWeight(f"{module}.weight", self.name, parts, rows * columns, state)
 
+    def pack(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """See `pipeline.checkpoint.output.OutputFormat`; version 1, which every reader knows."""
+        return pack(quantized)
+
+    def quantization_config(
+        self, scheme: AffineScheme, rules: ModuleRules, version: str
+    ) -> dict[str, Any]:
+        """See `pipeline.checkpoint.output.OutputFormat`."""
+        return quantization_config(scheme, rules, version)
+
     def state_part(self, weight: StoredWeight) -> str | None:
         """None: headers and config say all."""
         return None
@@ -258,6 +238,62 @@ class Gptq:
             self._check_groups(weights[start : start + step], packing.groups, some)
             out[start : start + step] = _dense(some, packing)
         return out
+
+    def problems(
+        self,
+        weights: Sequence[StoredWeight],
+        parts: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+    ) -> list[Problem]:
+        """Whether bits, groups, zeros, scales and g_idx are what config.json says."""
+        settings = config.get("quantization_config") or {}
+        scales = parts["scales"]
+        sound = (torch.isfinite(scales) & (scales > 0)).flatten(1).all(1).tolist()
+        found = []
+        for i, weight in enumerate(weights):
+            whats = self._contradictions(weight, settings, {k: v[i] for k, v in parts.items()})
+            if not sound[i]:
+                whats.append("scales are not all finite and positive")
+            name = weight.name.removesuffix(".weight")
+            found += [Problem(weight.parts["qweight"].file, what, name) for what in whats]
+        return found
+
+    def _contradictions(
+        self, weight: StoredWeight, config: Mapping[str, Any], parts: Mapping[str, Tensor]
+    ) -> list[str]:
+        said = settings_of(weight.name.removesuffix(".weight"), config)
+        if not said.quantized:
+            return [f"is packed, but config.json leaves it dense ({said.because})"]
+        state = weight.state
+        assert state is not None
+        packing: Packing = state.details
+        columns = state.shape[1]
+        found = []
+        if said.bits is not None and said.bits != packing.bits:
+            found.append(f"is packed with {packing.bits} bits, config.json says {said.bits}")
+        group = -(-columns // packing.groups)
+        if said.group_size is not None:
+            group = columns if said.group_size == -1 else said.group_size
+            if -(-columns // group) != packing.groups:
+                found.append(
+                    f"has {packing.groups} groups of its {columns} inputs, config.json says group "
+                    f"size {said.group_size}"
+                )
+                return found
+        index = torch.arange(columns) // group
+        if (
+            "g_idx" in parts
+            and not said.act_order
+            and not torch.equal(parts["g_idx"].long(), index)
+        ):
+            found.append("g_idx is not in order, config.json says desc_act: false")
+        zeros = unpack_words(parts["qzeros"], packing.bits)
+        middle = 2 ** (packing.bits - 1) - (2 - packing.version)
+        if said.symmetric and bool((zeros != middle).any()):
+            found.append("zeros are not all in the middle, config.json says sym: true")
+        elif packing.version == 1 and bool((zeros == 2**packing.bits - 1).any()):
+            found.append(f"holds the zero {2**packing.bits}, on which readers disagree")
+        return found
 
     def _check_groups(
         self, weights: Sequence[StoredWeight], groups: int, parts: Mapping[str, Tensor]

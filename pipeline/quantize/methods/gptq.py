@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.batch import as_batch
 from pipeline.quantize.factor import sweep_factor
 from pipeline.quantize.grid import fit_grid
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
-from pipeline.quantize.solved import Solved, relative_loss
+from pipeline.quantize.solved import Solved, energy, relative
 from pipeline.quantize.sweep import sweep
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
@@ -37,17 +38,30 @@ class Gptq:
         if moments is None:
             raise ValueError("gptq needs a Hessian")
         experts, _, columns = matrices.shape
-        grid = fit_grid(matrices, scheme, search=options.scale_search)
+        backend = solver_backend(matrices.device)
+        moment = moments.diagonal(dim1=1, dim2=2)
+        extra = options.damping * moment.mean(-1)
+        grid = fit_grid(
+            matrices,
+            scheme,
+            search=options.scale_search,
+            importance=moment + extra.unsqueeze(-1),
+            backend=backend,
+        )
         if options.activation_order:
-            order = moments.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
+            order = moment.argsort(dim=-1, descending=True, stable=True)
         else:
             order = torch.arange(columns, device=matrices.device).expand(experts, columns)
         with full_float32():
-            factor, _ = sweep_factor(moments, order, options.damping)
-            codes = sweep(matrices, factor, order, grid, scheme.bits)
+            factor, added = sweep_factor(moments, order, options.damping)
+            codes, lost = sweep(matrices, factor, order, grid, bits=scheme.bits, backend=backend)
+            del factor
             arrays = {"codes": codes, "scales": grid.scales, "zeros": grid.zeros}
             quantized = QuantizedTensor(scheme, arrays)
-            loss = relative_loss(matrices, quantized.dequantize(), moments)
+            whole = energy(matrices, moments)
+        # The sweep knows its error under the damped Hessian; what the damping added comes off.
+        error = (matrices - quantized.dequantize()).square_().sum(dim=(1, 2))
+        loss = relative((lost - added * error).clamp_(min=0), whole)
         if weight.dim() == 2:
             return Solved(quantized[0], loss[0])
         return Solved(quantized, loss)

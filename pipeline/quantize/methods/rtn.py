@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.batch import as_batch
 from pipeline.quantize.grid import encode, fit_grid
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
-from pipeline.quantize.solved import Solved, relative_loss
+from pipeline.quantize.solved import Solved, energy, relative
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 
@@ -28,7 +29,8 @@ class RoundToNearest:
     ) -> Solved:
         """See `pipeline.quantize.solved.Quantizer`; uses `options.scale_search` only."""
         matrices, moments = as_batch(weight, hessian)
-        grid = fit_grid(matrices, scheme, search=options.scale_search)
+        backend = solver_backend(matrices.device)
+        grid = fit_grid(matrices, scheme, search=options.scale_search, backend=backend)
         arrays = {
             "codes": encode(matrices, grid, scheme.bits),
             "scales": grid.scales,
@@ -36,7 +38,8 @@ class RoundToNearest:
         }
         quantized = QuantizedTensor(scheme, arrays)
         with full_float32():
-            loss = relative_loss(matrices, quantized.dequantize(), moments)
+            lost = energy(matrices - quantized.dequantize(), moments)
+            loss = relative(lost, energy(matrices, moments))
         if weight.dim() == 2:
             return Solved(quantized[0], loss[0])
         return Solved(quantized, loss)

@@ -1,0 +1,104 @@
+"""GPTQ's part of config.json: what is written there, and what others' mean.
+
+`dynamic` maps regular expressions to exceptions, the first that matches a module's name wins:
+"-:expression" leaves the module dense, "+:expression" or a bare one overrides bits, group_size or
+sym (GPTQModel's rules, read by vLLM and SGLang too).  `modules_in_block_to_quantize` is optimum's:
+endings of the names of quantised modules, in a list of lists.  `modules_to_not_convert` is what
+transformers and the AWQ readers look at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.checkpoint.output import ModuleRules
+from pipeline.quantize.tensor import AffineScheme
+
+
+def quantization_config(scheme: AffineScheme, rules: ModuleRules, version: str) -> dict[str, Any]:
+    """The `quantization_config` of config.json, telling every reader what is left dense.
+
+    Each reader looks at one of the three lists and ignores the others (docs/other-readers.md);
+    vLLM and SGLang insist on bits, group_size, sym and desc_act.  `version`: of this program.
+    """
+    return {
+        "quant_method": "gptq",
+        "format": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": _dynamic(rules),
+        "modules_in_block_to_quantize": _endings(rules),
+        "modules_to_not_convert": [*rules.skipped, *rules.outside],
+        "meta": {"quantizer": [f"requant:{version}"]},
+    }
+
+
+def _dynamic(rules: ModuleRules) -> dict[str, dict[str, Any]]:
+    """One "-:" rule for each part of a layer that stays dense.
+
+    A whole block (self_attn) gets one rule, since vLLM asks for fused names such as qkv_proj that
+    are in no checkpoint; a block of which a part is quantised, or that holds the experts, gets one
+    rule a module.  Rules are matched from the start of full names and of names inside a layer.
+    """
+    blocks = {name.rpartition(".")[0] for name in (*rules.skipped, *rules.quantized)}
+    shared = {block.rpartition(".")[0] for block in blocks if "." in block}
+    shared |= {name.rpartition(".")[0] for name in rules.quantized}
+    patterns = []
+    for name in rules.skipped:
+        block = name.rpartition(".")[0]
+        patterns.append(re.escape(name) + "$" if block in shared else re.escape(block) + r"\..*")
+    patterns += [re.escape(name) + "$" for name in rules.outside]
+    return {f"-:.*{pattern}": {} for pattern in dict.fromkeys(patterns)}
+
+
+def _endings(rules: ModuleRules) -> list[list[str]]:
+    """Endings of names that match what is quantised and nothing else.
+
+    A routed expert's module ends in its number and projection, so ten digits times the projections
+    cover any number of experts, and never the shared expert's modules of the same name.
+    """
+    experts = [f"{digit}.{name}" for digit in range(10) for name in rules.expert_projections]
+    return [[*experts, *rules.quantized]]
+
+
+@dataclass(frozen=True)
+class ModuleSettings:
+    """What config.json says of one module."""
+
+    quantized: bool
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool = False
+    because: str = ""
+    """The rule by which it is left dense."""
+
+
+def settings_of(module: str, config: Mapping[str, Any]) -> ModuleSettings:
+    """What `config` (a quantization_config) says of a module; unknown fields are None."""
+    table = dict(config)
+    for rule, override in (config.get("dynamic") or {}).items():
+        negative = rule.startswith("-:")
+        if re.match(rule.removeprefix("-:").removeprefix("+:"), module):
+            if negative:
+                return ModuleSettings(False, because=f"the dynamic rule {rule}")
+            table |= override
+            break
+    for name in config.get("modules_to_not_convert") or ():
+        if module == name or module.endswith(f".{name}"):
+            return ModuleSettings(False, because=f"modules_to_not_convert, {name}")
+    return ModuleSettings(
+        True,
+        table.get("bits"),
+        table.get("group_size"),
+        table.get("sym"),
+        bool(table.get("desc_act", False)),
+    )

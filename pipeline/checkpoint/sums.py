@@ -1,0 +1,96 @@
+"""SHA256SUMS: the seal of a finished directory, in the format of coreutils' `sha256sum`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.checkpoint.index import resolve_inside
+from pipeline.checkpoint.problem import Problem
+from pipeline.checkpoint.writer import FileRecord, write_bytes
+from pipeline.errors import CheckpointError
+
+SUMS_NAME = "SHA256SUMS"
+UNSEALED = (
+    "recipe.yaml",
+    "recipe.resolved.yaml",
+    "conversion.json",
+    "report.json",
+    "report.html",
+    "README.md",
+    "LICENSE",
+)
+"""Files that may change after the seal (cards are edited, reports renewed and self-digested)."""
+
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sealed_files(directory: Path) -> list[str]:
+    """Files of a directory that a seal covers, sorted: all but hidden and unsealed ones."""
+    found = []
+    for path in directory.rglob("*"):
+        relative = path.relative_to(directory)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and str(relative) not in (SUMS_NAME, *UNSEALED):
+            found.append(relative.as_posix())
+    return sorted(found)
+
+
+def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> FileRecord:
+    """Seal a directory; `known` spares reading files digested while they were written.
+
+    Raises ValueError for a file name that the format can only hold escaped.
+    """
+    lines = []
+    for name in sealed_files(directory):
+        if "\n" in name or "\\" in name:
+            raise ValueError(f"{name!r} cannot be listed in {SUMS_NAME}")
+        digest = (known or {}).get(name) or digest_file(directory / name)
+        lines.append(f"{digest}  {name}\n")
+    return write_bytes(directory / SUMS_NAME, "".join(lines).encode())
+
+
+def read_sums(directory: Path) -> dict[str, str]:
+    """File name -> digest; CheckpointError when SHA256SUMS is missing or has another form."""
+    try:
+        lines = (directory / SUMS_NAME).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{directory}: {SUMS_NAME} cannot be read") from error
+    sums = {}
+    for number, line in enumerate(lines, 1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise CheckpointError(f"{SUMS_NAME}: line {number} is not `digest  name`")
+        sums[match[2]] = match[1].lower()
+    return sums
+
+
+def check_sums(directory: Path, names: Sequence[str] | None = None) -> list[Problem]:
+    """Files changed, missing and extra (only `names`, where given: neither extra nor others)."""
+    try:
+        sums = read_sums(directory)
+    except CheckpointError as error:
+        return [Problem(SUMS_NAME, str(error))]
+    problems = []
+    for name, digest in sums.items():
+        if names is not None and name not in names:
+            continue
+        try:
+            path = resolve_inside(directory, name)
+        except CheckpointError:
+            problems.append(Problem(name, f"listed in {SUMS_NAME}, but not in the directory"))
+            continue
+        if digest_file(path) != digest:
+            problems.append(Problem(name, f"its SHA-256 is not the one in {SUMS_NAME}"))
+    if names is None:
+        extra = [name for name in sealed_files(directory) if name not in sums]
+        problems += [Problem(name, f"not listed in {SUMS_NAME}") for name in extra]
+    return problems

@@ -1,0 +1,102 @@
+"""Whether a directory is whole and says of itself what is true."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.index import INDEX_NAME, read_json
+from pipeline.checkpoint.names import expert_of
+from pipeline.checkpoint.problem import Problem
+from pipeline.checkpoint.reader import Checkpoint
+from pipeline.checkpoint.shard_map import MAP_NAME, read_shard_map
+from pipeline.checkpoint.sums import SUMS_NAME, check_sums
+from pipeline.errors import CheckpointError
+
+OTHER_FILES = ("validation_reference.safetensors",)
+"""safetensors files that hold no weights of the model."""
+
+
+def verify_directory(path: Path) -> list[Problem]:
+    """All that is wrong with a model directory; an empty list when nothing is.
+
+    Checksums (where there is a SHA256SUMS), headers and index both ways, shard_map.json (where
+    there is one), config.json against the tensors, and every value: scales finite and positive,
+    zeros and groups in range, weights finite.  Reads all bytes twice, once each for sums and
+    values.  A directory of headers only is checked by its headers.
+    """
+    problems = check_sums(path) if (path / SUMS_NAME).exists() else []
+    try:
+        checkpoint = Checkpoint.open(path)
+    except CheckpointError as error:
+        return [*problems, Problem(str(path), str(error))]
+    problems += [Problem("config.json", what) for what in checkpoint.describe().conflicts]
+    problems += _index_problems(checkpoint)
+    problems += _map_problems(checkpoint)
+    if not checkpoint.headers_only:
+        for names in _batches(checkpoint):
+            problems += checkpoint.problems(names)
+    checkpoint.close()
+    return problems
+
+
+def _batches(checkpoint: Checkpoint) -> list[list[str]]:
+    """Names of weights to be read together: one projection of a layer's experts, or one other."""
+    batches: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for name in checkpoint.weights:
+        expert = expert_of(name)
+        batches[(name,) if expert is None else (expert.layer, expert.rest)].append(name)
+    return list(batches.values())
+
+
+def _index_problems(checkpoint: Checkpoint) -> list[Problem]:
+    problems = []
+    for path in sorted(checkpoint.path.glob("*.safetensors")):
+        if path.name not in checkpoint.headers and path.name not in OTHER_FILES:
+            problems.append(
+                Problem(path.name, "belongs to no model here; the index has not got it")
+            )
+    if (checkpoint.path / INDEX_NAME).exists():
+        metadata = read_json(checkpoint.path, INDEX_NAME).get("metadata") or {}
+        said = metadata.get("total_size")
+        total = sum(entry.nbytes for entry in checkpoint.entries.values())
+        if said is not None and said != total:
+            problems.append(Problem(INDEX_NAME, f"total_size is {said}, the tensors make {total}"))
+    return problems
+
+
+def _map_problems(checkpoint: Checkpoint) -> list[Problem]:
+    if not (checkpoint.path / MAP_NAME).exists():
+        return []
+    try:
+        files = read_shard_map(checkpoint.path)["files"]
+        listed = {file["name"]: file for file in files}
+    except (CheckpointError, KeyError, TypeError) as error:
+        return [Problem(MAP_NAME, f"cannot be read ({error})")]
+    problems = [
+        Problem(MAP_NAME, f"{name} is listed in one of it and the index, not in both")
+        for name in sorted(listed.keys() ^ checkpoint.headers.keys())
+    ]
+    for name in sorted(listed.keys() & checkpoint.headers.keys()):
+        problems += _mapped_file(checkpoint, name, listed[name])
+    return problems
+
+
+def _mapped_file(checkpoint: Checkpoint, name: str, file: Mapping[str, Any]) -> list[Problem]:
+    header = checkpoint.headers[name]
+    problems = []
+    if not header.headers_only and file.get("bytes") != header.size:
+        problems.append(
+            Problem(MAP_NAME, f"{name} is said to be {file.get('bytes')} bytes, not {header.size}")
+        )
+    for entry in header.entries:
+        expert = expert_of(entry.name)
+        layer = None if expert is None else expert.layer
+        kind = "nonexpert" if expert is None else "experts"
+        if (file.get("class"), file.get("layer")) != (kind, layer):
+            problems.append(
+                Problem(name, f"of class {kind}, layer {layer}, against {MAP_NAME}", entry.name)
+            )
+    return problems

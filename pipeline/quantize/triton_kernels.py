@@ -1,0 +1,313 @@
+"""Triton kernels for the solver's inner loops and for routed Hessians.
+
+Each does what the plain torch code beside its caller does (`grid`, `sweep`, `hessian`), in one
+launch instead of hundreds.  Results may differ from torch's in the last bit of a sum, hence rarely
+in a code; every sum has one fixed order, so that the same input gives the same bytes.
+"""
+
+# Kernels are another language in Python's clothes: their parameters are pointers and scalars that
+# Triton types itself, and they are passed by position.
+# ruff: noqa: ANN001, ANN202, PLR0917
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_COLUMNS = 128
+"""Columns that `round_block` does in one launch."""
+
+_ROUND_ROWS = 32
+_ROUND_WARPS = 1
+_GRID_ELEMENTS = 2048
+_GRAM_COLUMNS = 128
+_GRAM_TOKENS = 64
+
+
+@triton.jit
+def _round_half_even(x):
+    # Adding 1.5 * 2^23 leaves no fraction bits; exact for |x| < 2^22, and codes are below 256.
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _fit_kernel(
+    values,
+    importance,
+    shrinks,
+    scales,
+    zeros,
+    rows,
+    columns,
+    group,
+    shrink_steps,
+    SYMMETRIC_ZERO: tl.constexpr,
+    TOP: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`grid._search` for ROWS rows of one group of one matrix."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group_index = tl.program_id(1)
+    expert = tl.program_id(2).to(tl.int64)
+    lane = tl.arange(0, GROUP)
+    inside = (row < rows)[:, None] & (lane < group)[None, :]
+    place = (expert * rows + row)[:, None] * columns + (group_index * group + lane)[None, :]
+    value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
+    weighted = value
+    if WEIGHTED:
+        weight = tl.load(
+            importance + expert * columns + group_index * group + lane, mask=lane < group, other=0.0
+        )[None, :]
+        weighted = value * weight
+    low_full = tl.minimum(tl.min(value, 1), 0.0)
+    high_full = tl.maximum(tl.max(value, 1), 0.0)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    best_scale = tl.zeros((ROWS,), tl.float32)
+    best_zero = tl.zeros((ROWS,), tl.float32)
+    # Step -1 is the full range: what remains when no step gains anything.
+    for step in range(-1, shrink_steps):
+        shrink = tl.load(shrinks + tl.maximum(step, 0))
+        shrink = tl.where(step < 0, 1.0, shrink)
+        low = low_full * shrink
+        high = high_full * shrink
+        if SYMMETRIC_ZERO > 0:
+            zero = tl.full((ROWS,), SYMMETRIC_ZERO, tl.float32)
+            scale = tl.maximum(tl.div_rn(tl.abs(low), zero), tl.div_rn(high, TOP - zero))
+        else:
+            scale = tl.div_rn(high - low, tl.full((ROWS,), TOP, tl.float32))
+            zero = _round_half_even(tl.div_rn(-low, tl.maximum(scale, SMALLEST)))
+            zero = tl.minimum(tl.maximum(zero, 1.0), TOP)
+        if step < 0:
+            best_scale = scale
+            best_zero = zero
+        else:
+            scale = tl.maximum(scale, SMALLEST)
+            code = tl.div_rn(value, tl.broadcast_to(scale[:, None], (ROWS, GROUP)))
+            code = tl.minimum(tl.maximum(code, -zero[:, None]), TOP - zero[:, None])
+            code = _round_half_even(code)
+            along = tl.sum(weighted * code, 1)
+            energy = tl.sum(code * code * weight, 1) if WEIGHTED else tl.sum(code * code, 1)
+            some = energy > 0
+            divisor = tl.where(some, energy, 1.0)
+            gain = tl.where(some, tl.div_rn(along * along, divisor), 0.0)
+            better = gain > best
+            best = tl.where(better, gain, best)
+            best_scale = tl.where(better & some, tl.div_rn(along, divisor), best_scale)
+            best_zero = tl.where(better, zero, best_zero)
+    groups = columns // group
+    target = (expert * rows + row) * groups + group_index
+    tl.store(scales + target, best_scale, mask=row < rows)
+    tl.store(zeros + target, best_zero.to(tl.uint8), mask=row < rows)
+
+
+@triton.jit
+def _round_kernel(
+    weight,
+    target,
+    factor,
+    scale,
+    zero,
+    codes,
+    size,
+    start,
+    rows,
+    experts,
+    columns,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`sweep._round_block` for ROWS rows of one matrix; the block's targets stay in registers."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    lane = tl.arange(0, BLOCK)
+    stride = experts.to(tl.int64) * rows
+    slab = expert * rows + row
+    everything = (lane < size)[:, None] & inside[None, :]
+    goal = tl.load(target + lane[:, None] * stride + slab[None, :], mask=everything, other=0.0)
+    triangle = factor + (expert * columns + start) * columns + start
+    for back in range(size):
+        column = size - 1 - back
+        place = column * stride + slab
+        wanted = tl.sum(tl.where(lane[:, None] == column, goal, 0.0), 0)
+        s = tl.load(scale + place, mask=inside, other=1.0)
+        z = tl.load(zero + place, mask=inside, other=0.0)
+        dense = tl.load(weight + place, mask=inside, other=0.0)
+        signed = tl.minimum(tl.maximum(tl.div_rn(wanted, s), -z), TOP - z)
+        signed = _round_half_even(signed)
+        error = dense - signed * s
+        tl.store(weight + place, error, mask=inside)
+        tl.store(target + place, wanted - signed * s, mask=inside)
+        tl.store(codes + place, (signed + z).to(tl.uint8), mask=inside)
+        pull = tl.load(triangle + column * columns + lane, mask=lane < column, other=0.0)
+        goal += pull[:, None] * error[None, :]
+
+
+@triton.jit
+def _gram_kernel(
+    x,
+    offsets,
+    out,
+    columns,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One tile of one expert's sum of x x^T and its mirror image, added to `out`."""
+    upper, lower = tl.program_id(0), tl.program_id(1)
+    if upper > lower:
+        return
+    expert = tl.program_id(2)
+    begin = tl.load(offsets + expert).to(tl.int32)
+    end = tl.load(offsets + expert + 1).to(tl.int32)
+    if begin >= end:
+        return
+    lane = tl.arange(0, COLUMNS)
+    i, j = upper * COLUMNS + lane, lower * COLUMNS + lane
+    within = tl.arange(0, TOKENS)
+    total = tl.zeros((COLUMNS, COLUMNS), tl.float32)
+    for first in range(begin, end, TOKENS):
+        token = first + within
+        base = x + token.to(tl.int64)[:, None] * columns
+        used = (token < end)[:, None]
+        left = tl.load(base + i[None, :], mask=used & (i < columns)[None, :], other=0.0)
+        right = tl.load(base + j[None, :], mask=used & (j < columns)[None, :], other=0.0)
+        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+    square = out + expert.to(tl.int64) * columns * columns
+    inside = (i < columns)[:, None] & (j < columns)[None, :]
+    place = square + i[:, None] * columns + j[None, :]
+    total += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, total, mask=inside)
+    if upper != lower:
+        mirror = square + j[None, :] * columns + i[:, None]
+        tl.store(mirror, total, mask=inside)
+
+
+def fit_groups(
+    values: Tensor,
+    importance: Tensor | None,
+    *,
+    group: int,
+    top: int,
+    symmetric_zero: int,
+    shrinks: tuple[float, ...],
+    smallest: float,
+) -> tuple[Tensor, Tensor]:
+    """Scales float32 and zeros uint8, both [E, out, in / group], of `values` float [E, out, in].
+
+    `importance`: float32 [E, in] or None; `symmetric_zero`: the fixed zero, or 0 for a free one;
+    `shrinks`: ranges to try as fractions of the whole; `smallest`: least scale used in the search.
+    """
+    experts, rows, columns = values.shape
+    groups = columns // group
+    lanes = triton.next_power_of_2(group)
+    tile = max(1, _GRID_ELEMENTS // lanes)
+    shape = (experts, rows, groups)
+    scales = torch.empty(shape, dtype=torch.float32, device=values.device)
+    zeros = torch.empty(shape, dtype=torch.uint8, device=values.device)
+    tried = torch.tensor(shrinks, dtype=torch.float32, device=values.device)
+    _fit_kernel[(triton.cdiv(rows, tile), groups, experts)](
+        values.contiguous(),
+        values if importance is None else importance.contiguous(),
+        tried,
+        scales,
+        zeros,
+        rows,
+        columns,
+        group,
+        len(shrinks),
+        SYMMETRIC_ZERO=symmetric_zero,
+        TOP=top,
+        SMALLEST=smallest,
+        WEIGHTED=importance is not None,
+        ROWS=tile,
+        GROUP=lanes,
+    )
+    return scales, zeros
+
+
+def round_block(
+    weight: Tensor,
+    target: Tensor,
+    factor: Tensor,
+    *,
+    start: int,
+    scale: Tensor,
+    zero: Tensor,
+    top: int,
+) -> Tensor:
+    """See `sweep._round_block`: same arguments, same in-place results, same codes."""
+    size, experts, rows = weight.shape
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    _round_kernel[(triton.cdiv(rows, _ROUND_ROWS), experts)](
+        weight,
+        target,
+        factor,
+        scale,
+        zero,
+        codes,
+        size,
+        start,
+        rows,
+        experts,
+        factor.shape[-1],
+        TOP=top,
+        BLOCK=BLOCK_COLUMNS,
+        ROWS=_ROUND_ROWS,
+        num_warps=_ROUND_WARPS,
+    )
+    return codes
+
+
+def add_gram(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[e] += sum over the expert's rows of x x^T; shapes as in `hessian.routed_hessians`.
+
+    bfloat16 and float16 inputs are multiplied exactly and summed in float32.
+    """
+    columns = x_sorted.shape[1]
+    full = x_sorted.dtype == torch.float32
+    width = 64 if full else _GRAM_COLUMNS
+    tiles = triton.cdiv(columns, width)
+    _gram_kernel[(tiles, tiles, len(offsets) - 1)](
+        x_sorted.contiguous(),
+        offsets,
+        out,
+        columns,
+        PRECISION="ieee" if full else "tf32",
+        COLUMNS=width,
+        TOKENS=32 if full else _GRAM_TOKENS,
+        num_warps=4 if full else 8,
+        num_stages=2 if full else 3,
+    )
+
+
+def self_test(device: torch.device) -> None:
+    """Run every kernel on a few numbers; ValueError on a wrong result."""
+    x = torch.arange(8.0, device=device).view(2, 4) - 3
+    out = torch.zeros((1, 4, 4), device=device)
+    add_gram(x.bfloat16(), torch.tensor([0, 2], device=device), out)
+    scales, _ = fit_groups(
+        x.unsqueeze(0), None, group=4, top=15, symmetric_zero=8, shrinks=(1.0,), smallest=1e-6
+    )
+    weight = x.t().contiguous().unsqueeze(1)
+    one = torch.ones_like(weight)
+    codes = round_block(
+        weight,
+        weight.clone(),
+        torch.eye(4, device=device).unsqueeze(0),
+        start=0,
+        scale=one,
+        zero=8 * one,
+        top=15,
+    )
+    expected = x.t().unsqueeze(1) + 8
+    right = torch.equal(out[0], x.t() @ x) and torch.equal(codes.float(), expected)
+    if not right or not bool((scales > 0).all()):
+        raise ValueError("a kernel returned wrong numbers")
