@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.checkpoint.output import ModuleRules
+from pipeline.errors import CheckpointError
 from pipeline.quantize.tensor import AffineScheme
 
 
@@ -83,22 +84,32 @@ class ModuleSettings:
 
 
 def settings_of(module: str, config: Mapping[str, Any]) -> ModuleSettings:
-    """What `config` (a quantization_config) says of a module; unknown fields are None."""
+    """What `config` (a quantization_config) says of a module; what it does not say is None.
+
+    Raises CheckpointError for a rule or a number that makes no sense.
+    """
     table = dict(config)
-    for rule, override in (config.get("dynamic") or {}).items():
-        negative = rule.startswith("-:")
-        if re.match(rule.removeprefix("-:").removeprefix("+:"), module):
-            if negative:
-                return ModuleSettings(False, because=f"the dynamic rule {rule}")
-            table |= override
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError("config.json: quantization_config.dynamic is not a table of rules")
+    for rule, override in dynamic.items():
+        try:
+            matches = re.match(rule.removeprefix("-:").removeprefix("+:"), module)
+        except re.error as error:
+            raise CheckpointError(
+                f"config.json: dynamic rule {rule!r} is not a regular expression ({error})"
+            ) from error
+        if matches and rule.startswith("-:"):
+            return ModuleSettings(False, because=f"the dynamic rule {rule}")
+        if matches:
+            table |= override if isinstance(override, Mapping) else {}
             break
     for name in config.get("modules_to_not_convert") or ():
         if module == name or module.endswith(f".{name}"):
             return ModuleSettings(False, because=f"modules_to_not_convert, {name}")
+    group = table.get("group_size")
+    if group is not None and (type(group) is not int or (group < 1 and group != -1)):
+        raise CheckpointError(f"config.json: group_size {group!r} is neither -1 nor positive")
     return ModuleSettings(
-        True,
-        table.get("bits"),
-        table.get("group_size"),
-        table.get("sym"),
-        bool(table.get("desc_act", False)),
+        True, table.get("bits"), group, table.get("sym"), bool(table.get("desc_act", False))
     )

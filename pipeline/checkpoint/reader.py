@@ -252,6 +252,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if "quantization_config" not in config and (path / LEGACY_CONFIG).exists():
         legacy = read_json(path, LEGACY_CONFIG)
         config["quantization_config"] = {"quant_method": "gptq", **legacy}
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise CheckpointError("config.json: quantization_config is not a table")
     return config
 
 

@@ -36,8 +36,11 @@ def verify_directory(path: Path) -> list[Problem]:
     problems += _index_problems(checkpoint)
     problems += _map_problems(checkpoint)
     if not checkpoint.headers_only:
-        for names in _batches(checkpoint):
-            problems += checkpoint.problems(names)
+        try:
+            for names in _batches(checkpoint):
+                problems += checkpoint.problems(names)
+        except CheckpointError as error:  # the config makes no sense, or a file has changed
+            problems.append(Problem(str(path), str(error)))
     checkpoint.close()
     return problems
 

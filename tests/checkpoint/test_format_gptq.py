@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from layout import write_model
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.formats.gptq import (
     pack,
     pack_words,
-    quantization_config,
     unpack,
     unpack_words,
 )
+from pipeline.checkpoint.gptq_settings import ModuleSettings, settings_of
+from pipeline.checkpoint.output import ModuleRules, OutputFormat
 from pipeline.errors import CheckpointError, NumericalError
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
@@ -189,13 +191,33 @@ def test_without_g_idx(tmp_path):
 
 
 def test_quantization_config_tells_every_reader():
-    skipped = [f"model.layers.{i}.self_attn.q_proj" for i in range(12)] + ["lm_head"]
-    table = quantization_config(AffineScheme(4, 128, True), ["mlp.experts"], skipped, {"a": "b"})
-    assert table["modules_to_not_convert"] == ["lm_head", "self_attn.q_proj"]
-    assert table["modules_in_block_to_quantize"] == [["mlp.experts"]]
-    assert len(table["dynamic"]) == 2
-    for name in skipped:
-        matching = [rule for rule in table["dynamic"] if re.match(rule.removeprefix("-:"), name)]
-        assert len(matching) == 1
-    for name in ("model.layers.3.mlp.experts.7.gate_proj", "model.layers.3xself_attn.q_proj"):
-        assert not any(re.match(rule.removeprefix("-:"), name) for rule in table["dynamic"])
+    rules = ModuleRules(
+        expert_projections=("gate_proj", "up_proj", "down_proj"),
+        quantized=(),
+        skipped=("self_attn.q_proj", "mlp.gate", "mlp.shared_expert.up_proj"),
+        outside=("lm_head",),
+    )
+    gptq = FORMATS["gptq"]
+    assert isinstance(gptq, OutputFormat)
+    table = gptq.quantization_config(AffineScheme(4, 128, True), rules, "1")
+    assert (table["bits"], table["group_size"], table["desc_act"]) == (4, 128, False)
+    dense = [f"model.layers.{i}.{name}" for i in (0, 11) for name in rules.skipped]
+    for name in [*dense, "lm_head"]:
+        assert not settings_of(name, table).quantized
+        assert not settings_of(name, table | {"dynamic": {}}).quantized
+        assert not settings_of(name, table | {"modules_to_not_convert": []}).quantized
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        said = settings_of(f"model.layers.3.mlp.experts.7.{name}", table)
+        assert said == ModuleSettings(True, 4, 128, True, False)
+
+
+def test_settings_of_others():
+    table = {"bits": 4, "group_size": 128, "sym": True, "desc_act": True}
+    table["dynamic"] = {r"+:.*\.1\..*": {"bits": 8}, r".*down": {"group_size": -1}, "-:.*gate$": {}}
+    assert settings_of("layers.1.up", table) == ModuleSettings(True, 8, 128, True, True)
+    assert settings_of("layers.2.down", table) == ModuleSettings(True, 4, -1, True, True)
+    assert not settings_of("layers.2.gate", table).quantized
+    with pytest.raises(CheckpointError, match="not a regular expression"):
+        settings_of("x", {"dynamic": {"-:(": {}}})
+    with pytest.raises(CheckpointError, match="group_size 0"):
+        settings_of("x", {"group_size": 0})

@@ -26,10 +26,9 @@ from torch import Tensor
 
 from pipeline.checkpoint.finite import require_finite
 from pipeline.checkpoint.formats import FORMATS
-from pipeline.checkpoint.gptq_settings import settings_of
-from pipeline.checkpoint.problem import Problem
-from pipeline.checkpoint.gptq_settings import quantization_config
+from pipeline.checkpoint.gptq_settings import quantization_config, settings_of
 from pipeline.checkpoint.output import ModuleRules
+from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry, missing_part
 from pipeline.errors import CheckpointError
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
