@@ -1,0 +1,141 @@
+"""Every reader must take exactly the modules that are packed for quantised, whatever is chosen.
+
+transformers' own rule and configuration class are called; those of GPTQModel, optimum and vLLM,
+which are not installed beside this package, are restated in one line each (docs/other-readers.md
+says where they stand).  scripts/readers/check_readers.py asks the real ones.
+"""
+
+import json
+import re
+from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from pipeline import __version__
+from pipeline.models import ARCHITECTURES
+from pipeline.models.skeleton import build_skeleton, model_config
+from pipeline.quantize.tensor import AffineScheme
+from pipeline.stages.formats import module_rules, output_format
+
+CONFIG = json.loads((Path(__file__).parents[1] / "models/micro-nf4/config.json").read_text())
+ARCHITECTURE = ARCHITECTURES["qwen3_next"]
+EXTRAS = sorted(set(ARCHITECTURE.module_classes) - {"experts"})
+CHOICES = [("experts", *more) for n in range(len(EXTRAS) + 1) for more in combinations(EXTRAS, n)]
+EXPERTS = (0, 7, 10, 100, 511)
+"""Numbers of one to three digits: the lists must not depend on how many experts there are."""
+VLLM_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def settings(chosen):
+    """`quantization_config` as the pipeline writes it, after a trip through JSON."""
+    rules = module_rules(ARCHITECTURE, chosen)
+    written = output_format("gptq").quantization_config(
+        AffineScheme(bits=4, group_size=128, symmetric=True), rules, __version__
+    )
+    return json.loads(json.dumps(written))
+
+
+@pytest.fixture(scope="module")
+def linears():
+    """Names of all linear modules: transformers' own, and the experts one by one."""
+    model = build_skeleton(model_config(CONFIG), torch.bfloat16)
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return names + [
+        ARCHITECTURE.expert_module(layer, expert, projection)
+        for layer in range(CONFIG["num_hidden_layers"])
+        for expert in EXPERTS
+        for projection in (ARCHITECTURE.gate, ARCHITECTURE.up, ARCHITECTURE.down)
+    ]
+
+
+def packed(names, chosen):
+    """What the pipeline packs, from the architecture's declaration."""
+    groups = (*ARCHITECTURE.mixer_groups, *ARCHITECTURE.shared_groups)
+    ends = tuple(m for g in groups if g.module_class in chosen for m in g.modules)
+    return {n for n in names if ".mlp.experts." in n or n.endswith(ends)}
+
+
+def inside_layer(name):
+    return re.sub(r"^model\.layers\.\d+\.", "", name)
+
+
+def dynamic_skips(config, name):
+    return any(re.match(rule.removeprefix("-:"), name) for rule in config["dynamic"])
+
+
+@pytest.mark.parametrize("chosen", CHOICES, ids="+".join)
+def test_transformers_rule(chosen, linears):
+    skipped = settings(chosen)["modules_to_not_convert"]
+    converted = {name for name in linears if should_convert_module(name, skipped)}
+    assert converted == packed(linears, chosen)
+
+
+@pytest.mark.parametrize("chosen", CHOICES, ids="+".join)
+def test_optimum_rule(chosen, linears):
+    """Endings of names below model.layers; a list of lists, since optimum adds them up."""
+    config = settings(chosen)
+    (ends,) = config["modules_in_block_to_quantize"]
+    found = {n for n in linears if n.startswith("model.layers") and n.endswith(tuple(ends))}
+    assert found == packed(linears, chosen)
+
+
+@pytest.mark.parametrize("chosen", CHOICES, ids="+".join)
+def test_gptqmodel_rule(chosen, linears):
+    """The expressions meet the name inside the layer as well as the full one; both must agree."""
+    config = settings(chosen)
+    assert all(rule.startswith("-:") and not value for rule, value in config["dynamic"].items())
+    for name in linears:
+        full, relative = dynamic_skips(config, name), dynamic_skips(config, inside_layer(name))
+        assert full == relative == (name not in packed(linears, chosen)), name
+
+
+@pytest.mark.parametrize("chosen", CHOICES, ids="+".join)
+def test_vllm_rule(chosen, linears):
+    """vLLM asks for fused names, which no list holds: the expressions must cover them too."""
+    config = settings(chosen)
+    (parts,) = config["modules_in_block_to_quantize"]
+    expected = packed(linears, chosen)
+    for fused, shards in VLLM_FUSED.items():
+        for name in linears:
+            block, _, last = name.rpartition(".")
+            if last == shards[0] and ".mlp.experts." not in name:
+                asked = f"{block}.{fused}"
+                listed = {any(p in f"{block}.{s}" for p in parts) for s in shards}
+                assert listed == {name in expected}, "shards of one matrix must be treated alike"
+                assert dynamic_skips(config, asked) == (name not in expected), asked
+    # The routed experts are one module there, and only `dynamic` is asked.
+    assert not dynamic_skips(config, "model.layers.0.mlp.experts")
+
+
+def test_transformers_and_the_servers_find_the_fields_they_insist_on():
+    config = settings(("experts",))
+    # This one key makes transformers look for optimum, see the next test.
+    parsed = GPTQConfig.from_dict(
+        {k: v for k, v in config.items() if k != "modules_in_block_to_quantize"}
+    )
+    assert (parsed.bits, parsed.group_size, parsed.sym, parsed.desc_act) == (4, 128, True, False)
+    assert parsed.format == "gptq"
+    assert config["quant_method"] == "gptq"
+    assert config["lm_head"] is False
+    # GPTQModel reads a claim to have made the file as a promise about its zero points.
+    assert not any(maker.startswith("gptqmodel") for maker in config["meta"]["quantizer"])
+
+
+@pytest.mark.skipif(find_spec("optimum") is not None, reason="optimum is installed here")
+def test_plain_transformers_stops_for_want_of_optimum(tmp_path):
+    """Better than what it does with optimum but without unfusing: experts at random."""
+    config = CONFIG | {"quantization_config": settings(("experts",))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(
+        {"model.norm.weight": torch.zeros(128)}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises((ImportError, PackageNotFoundError), match="optimum"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
