@@ -7,7 +7,7 @@ in a code; every sum has one fixed order, so that the same input gives the same 
 
 # Kernels are another language in Python's clothes: their parameters are pointers and scalars that
 # Triton types itself, and they are passed by position.
-# ruff: noqa: ANN001, ANN202, PLR0917
+# ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
