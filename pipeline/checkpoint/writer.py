@@ -46,7 +46,9 @@ class _Digest:
     def write(self, data: bytes | memoryview) -> None:
         for start in range(0, len(data), CHUNK_BYTES):
             chunk = data[start : start + CHUNK_BYTES]
-            self.stream.write(chunk)
+            done = 0
+            while done < len(chunk):  # an unbuffered write may stop short, on a full disk say
+                done += self.stream.write(chunk[done:])
             self.sha256.update(chunk)
             self.size += len(chunk)
 
@@ -75,7 +77,8 @@ def _atomic(path: Path) -> Iterator[_Digest]:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:
