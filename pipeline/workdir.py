@@ -64,8 +64,7 @@ class WorkDirectory:
                 f"{self.output} is not empty and was not made by requant;"
                 " choose another output.path"
             )
-        sealed = self._aside(".work").exists()  # cut off in the middle of `publish`
-        if _occupied(self.root) and not (sealed or (self.internal / MANIFEST).is_file()):
+        if _occupied(self.root) and not self._is_ours():
             raise OutputError(
                 f"{self.root} is not empty and is no work directory of requant; move it away"
             )
@@ -74,30 +73,43 @@ class WorkDirectory:
         """Create the directory, or take up an earlier run's; refuse another run's work."""
         self.check()
         (self.internal / "markers").mkdir(parents=True, exist_ok=True)
-        manifest = self.internal / MANIFEST
+        for left in self.root.rglob(".*.tmp"):  # half-written files of a run that was killed
+            left.unlink()
         wanted = json.loads(json.dumps(fingerprint))
-        if manifest.is_file():
-            found = json.loads(manifest.read_text()).get("fingerprint", {})
-            changed = difference(found, wanted)
-            if changed:
-                raise OutputError(
-                    f"{self.root} holds unfinished work made differently: {changed};"
-                    " undo the change, or start again with --fresh"
-                )
-        else:
-            write_json(manifest, {"schema": 1, "fingerprint": wanted})
+        if not self.begun:
+            write_json(self.internal / MANIFEST, {"schema": 1, "fingerprint": wanted})
+        elif changed := difference(self.fingerprint(), wanted):
+            raise OutputError(
+                f"{self.root} holds unfinished work made differently: {changed};"
+                " undo the change, or start again with --fresh"
+            )
+
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier run has left unfinished work."""
+        return (self.internal / MANIFEST).is_file()
 
     def __enter__(self) -> WorkDirectory:
         """Take the lock; OutputError when another run holds it."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        path = self.output.with_name(f".{self.output.name}.lock")
-        lock = path.open("w")
+        path = self._aside(".lock")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            while self._lock is None:
+                lock = path.open("w")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The run before may have deleted the file between our open and our lock.
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                    self._lock = lock
+                else:
+                    lock.close()
         except BlockingIOError:
             lock.close()
             raise OutputError(f"another run is working on {self.output}") from None
-        self._lock = lock
+        except OSError as error:
+            raise OutputError(
+                f"{self.output.parent}: cannot be written to ({error.strerror});"
+                " choose another output.path"
+            ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,21 +121,28 @@ class WorkDirectory:
     def clear(self) -> None:
         """Delete the work directory (and nothing that is not ours)."""
         self.check()
+        self._discard()
         if self.root.exists():
-            shutil.rmtree(self.root)
+            # Renamed first: what a kill leaves of it must not look like somebody else's.
+            self.root.rename(self._aside(".discarded"))
+            self._discard()
 
     def finished(self, unit: str) -> Marker | None:
         """The marker of a unit, if it is there and its files are in place with their sizes."""
         path = self._marker_path(unit)
         if not path.is_file():
             return None
-        raw = json.loads(path.read_text())
-        outputs = tuple(FileRecord(**record) for record in raw["outputs"])
+        try:
+            raw = json.loads(path.read_text())
+            outputs = tuple(FileRecord(**record) for record in raw["outputs"])
+            marker = Marker(raw["unit"], outputs, raw["seconds"], raw["data"])
+        except (ValueError, TypeError, KeyError):  # damaged: as good as none
+            return None
         for record in outputs:
             file = self.root / record.name
             if not file.is_file() or file.stat().st_size != record.size:
                 return None
-        return Marker(raw["unit"], outputs, raw["seconds"], raw["data"])
+        return marker
 
     def markers(self) -> list[Marker]:
         """Markers of all finished units."""
@@ -131,10 +150,17 @@ class WorkDirectory:
         return [marker for name in names if (marker := self.finished(name)) is not None]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What `open` was given."""
-        manifest = json.loads((self.internal / MANIFEST).read_text())
-        fingerprint: dict[str, Any] = manifest["fingerprint"]
+        """What `open` was given; empty when that cannot be read any more."""
+        try:
+            manifest = json.loads((self.internal / MANIFEST).read_text())
+            fingerprint: dict[str, Any] = manifest["fingerprint"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
         return fingerprint
+
+    def used_bytes(self) -> int:
+        """Disk that unfinished work takes already."""
+        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
 
     def finish(
         self, unit: str, outputs: Sequence[FileRecord], seconds: float, data: Mapping[str, Any]
@@ -178,8 +204,16 @@ class WorkDirectory:
     def _aside(self, suffix: str) -> Path:
         return self.output.with_name(f".{self.output.name}{suffix}")
 
+    def _is_ours(self) -> bool:
+        """Whether the (non-empty) work directory was made by us."""
+        if self.begun or self._aside(".work").exists():  # the latter: killed within `publish`
+            return True
+        # Killed within `open`, before the manifest was there.
+        files = [path for path in self.root.rglob("*") if not path.is_dir()]
+        return self.internal.is_dir() and all(path.suffix == ".tmp" for path in files)
+
     def _discard(self) -> None:
-        for suffix in (".previous", ".work"):
+        for suffix in (".previous", ".discarded", ".work"):
             if self._aside(suffix).exists():
                 shutil.rmtree(self._aside(suffix))
 
