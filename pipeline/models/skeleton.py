@@ -6,11 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import CheckpointError
 from pipeline.models import ARCHITECTURES, Architecture
+from pipeline.models.architecture import Geometry
+
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What transformers raises for a config whose values make no sense, besides its own error."""
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
@@ -25,23 +30,55 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     return architecture
 
 
+def geometry_of(architecture: Architecture, config: Mapping[str, Any], where: str) -> Geometry:
+    """The sizes in a config.json; CheckpointError for one that lacks some or makes no sense."""
+    try:
+        geometry = architecture.geometry(config)
+    except KeyError as error:
+        raise CheckpointError(f"{where}/config.json: {error} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}/config.json is malformed: {error}") from None
+    sizes = (geometry.layers, geometry.experts, geometry.top_k, geometry.hidden, geometry.inner)
+    if min(*sizes, geometry.vocabulary) < 1 or geometry.top_k > geometry.experts:
+        raise CheckpointError(f"{where}/config.json is malformed: its sizes are impossible")
+    if len(geometry.layer_kinds) != geometry.layers:
+        raise CheckpointError(
+            f"{where}/config.json is malformed: {len(geometry.layer_kinds)} layer_types for"
+            f" {geometry.layers} layers"
+        )
+    if not geometry.moe_layers:
+        raise CheckpointError(f"{where}: config.json describes no layer with routed experts")
+    return geometry
+
+
 def model_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """transformers' configuration object for a config.json, its quantisation left out.
 
     With the `quantization_config` in place transformers would replace modules by its own.
     """
     plain = {k: v for k, v in config.items() if k not in {"quantization_config", "auto_map"}}
-    result: PreTrainedConfig = CONFIG_MAPPING[str(config["model_type"])].from_dict(plain)
+    try:
+        result: PreTrainedConfig = CONFIG_MAPPING[str(config["model_type"])].from_dict(plain)
+    except (*MALFORMED, StrictDataclassError) as error:
+        raise _malformed(error) from error
     return result
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model with every parameter and buffer on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except (*MALFORMED, RuntimeError) as error:
+        raise _malformed(error) from error
     return model.eval().requires_grad_(False)
+
+
+def _malformed(error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())
+    return CheckpointError(f"config.json is malformed: {type(error).__name__}: {reason}")
 
 
 def rotary_embedding(model: PreTrainedModel, device: torch.device) -> nn.Module:
@@ -59,7 +96,9 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Iterable[st
     parameter without a tensor, a tensor without a parameter, and shapes that disagree.
     """
     skipped = tuple(ignore)
-    expected = {k: v for k, v in module.named_parameters() if not k.startswith(skipped or "\0")}
+    expected: dict[str, Tensor] = {
+        k: v for k, v in module.named_parameters() if not k.startswith(skipped or "\0")
+    }
     expected |= {
         k: v
         for k, v in module.named_buffers()
