@@ -7,26 +7,28 @@ transformers model of it: what the hybrid model's logits are measured against.
 
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint.formats.gptq import pack
 from pipeline.checkpoint.index import build_index
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.writer import write_json, write_safetensors
-from pipeline.models.skeleton import model_config
+from pipeline.models.skeleton import build_skeleton, model_config, rotary_embedding
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme
 
 MODELS = Path(__file__).parents[1] / "models"
 EVERYTHING = re.compile(r"(self_attn|linear_attn|shared_expert)\.\w+_proj(_qkvz)?\.weight$")
+NONEXPERT = "model-nonexpert-00001-of-00001.safetensors"
 EXPERTS_ONLY = re.compile(r"(?!)")
 
 
@@ -34,21 +36,24 @@ def write_output(source: Path, out: Path, scheme: AffineScheme, also=EXPERTS_ONL
     """Round the experts of `source`, and linear layers whose names match `also`, into `out`."""
     checkpoint = Checkpoint.open(source)
     files: dict[str, dict[str, torch.Tensor]] = {}
-    rounding = QUANTIZERS["rtn"]
+    stacks: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in checkpoint.weights:
         expert = expert_of(name)
-        file = "model-nonexpert-00001-of-00001.safetensors"
         if expert is not None:
             file = f"model-experts-layer-{expert.layer:03d}.safetensors"
-        tensors = files.setdefault(file, {})
-        if expert is None and not also.search(name):
-            tensors[name] = checkpoint.load(name)
-            continue
-        weight = checkpoint.load(name, dtype=torch.float32)
-        solved = rounding.quantize(weight, None, scheme, SolverOptions())
-        module = name.removesuffix(".weight")
-        parts = pack(solved.quantized)
-        tensors.update({f"{module}.{part}": value for part, value in parts.items()})
+            stacks[file, expert.rest].append(name)
+        elif also.search(name):
+            stacks[NONEXPERT, name].append(name)
+        else:
+            files.setdefault(NONEXPERT, {})[name] = checkpoint.load(name)
+    for (file, _), names in stacks.items():
+        weights = checkpoint.load_stack(names, dtype=torch.float32)
+        options = SolverOptions(scale_search=False)
+        parts = pack(QUANTIZERS["rtn"].quantize(weights, None, scheme, options).quantized)
+        for index, name in enumerate(names):
+            module = name.removesuffix(".weight")
+            tensors = {f"{module}.{part}": value[index] for part, value in parts.items()}
+            files.setdefault(file, {}).update(tensors)
     out.mkdir(parents=True, exist_ok=True)
     for file, tensors in files.items():
         write_safetensors(out / file, tensors)
@@ -112,18 +117,26 @@ def _numpy(file: Path) -> dict[str, np.ndarray]:
         return {k: v.numpy() for k, v in tensors.items() if v.dtype != torch.bfloat16}
 
 
-def dequantised(path: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The plain transformers model that an output directory stands for."""
-    state = dequantised_state(path)
+def plain_model(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model of a directory, given all its tensors by their dense names."""
     config = model_config(json.loads((path / "config.json").read_text()))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = build_skeleton(config, dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
     for layer in range(config.num_hidden_layers):
         stem = f"model.layers.{layer}.mlp.experts."
         expert = {
-            p: torch.stack([state.pop(f"{stem}{e}.{p}.weight") for e in range(config.num_experts)])
+            p: torch.stack(
+                [tensors.pop(f"{stem}{e}.{p}.weight") for e in range(config.num_experts)]
+            )
             for p in ("gate_proj", "up_proj", "down_proj")
         }
-        state[f"{stem}gate_up_proj"] = torch.cat([expert["gate_proj"], expert["up_proj"]], dim=1)
-        state[f"{stem}down_proj"] = expert["down_proj"]
-    model.load_state_dict(state, strict=True)
-    return model.eval().requires_grad_(False)
+        tensors[f"{stem}gate_up_proj"] = torch.cat([expert["gate_proj"], expert["up_proj"]], dim=1)
+        tensors[f"{stem}down_proj"] = expert["down_proj"]
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.model.rotary_emb = rotary_embedding(model, torch.device("cpu"))
+    return model
+
+
+def dequantised(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The plain transformers model that an output directory stands for."""
+    return plain_model(path, dequantised_state(path), dtype)
