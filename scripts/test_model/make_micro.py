@@ -7,13 +7,14 @@ The vocabulary is bytes and a few merges, trained on the text given, so that no 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizer import END_OF_TEXT, train_bpe
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
-
-from tokenizer import END_OF_TEXT, train_bpe
 
 VOCABULARY = 512
 LAYER_TYPES = ["linear_attention", "full_attention"]
@@ -21,35 +22,36 @@ LAYER_TYPES = ["linear_attention", "full_attention"]
 
 def micro_config() -> Qwen3NextConfig:
     """Smallest shape in which every matrix still holds whole groups of 128 (and of 32)."""
-    return Qwen3NextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=len(LAYER_TYPES),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        partial_rotary_factor=0.25,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        shared_expert_intermediate_size=128,
-        layer_types=LAYER_TYPES,
-        full_attention_interval=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        norm_topk_prob=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": len(LAYER_TYPES),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "partial_rotary_factor": 0.25,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "layer_types": LAYER_TYPES,
+        "full_attention_interval": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "norm_topk_prob": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return Qwen3NextConfig(**shape)
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomise(model: nn.Module, seed: int) -> None:
     """Draw every parameter, in the order of its name: about unit gain through each matrix."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
@@ -83,7 +85,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = Qwen3NextForCausalLM(micro_config())
     randomise(model, args.seed)
-    model.to(torch.bfloat16)
+    nn.Module.to(model, torch.bfloat16)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model.save_pretrained(args.output)
     text = args.text.read_text(encoding="utf-8")[:200_000]

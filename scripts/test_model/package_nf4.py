@@ -3,7 +3,7 @@
 Runs under transformers 4.57.6 with bitsandbytes (see make_env.sh): that version holds one
 nn.Linear per expert, makes a Linear4bit of every nn.Linear but lm_head (so the router,
 shared_expert_gate and in_proj_ba too), and save_pretrained writes the six tensors of each.
-Nothing is edited afterwards but the file modes and the index's line end.
+Nothing is edited afterwards but the file modes.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def check_layout(output: Path) -> tuple[int, int, int]:
     bases = {name for name in names if dtypes[name] == torch.uint8 and name.endswith(".weight")}
     missing = [base + suffix for base in bases for suffix in SUFFIXES if base + suffix not in names]
     if missing:
-        raise ValueError(f"{output}: {len(missing)} parts are missing, first {sorted(missing)[0]}")
+        raise ValueError(f"{output}: {len(missing)} parts are missing, first {min(missing)}")
     if not any(".experts.0.gate_proj.weight" in base for base in bases):
         raise ValueError(f"{output}: the experts are not stored one by one")
     others = len(names) - len(SUFFIXES) * len(bases)
