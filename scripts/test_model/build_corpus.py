@@ -37,6 +37,9 @@ PAGE_MINIMUM, PAGE_MAXIMUM = 1_500, 40_000  # of held-out pages: neither stubs n
 LINE_COMMON = 25  # a line on more pages of one package than this is furniture
 LINE_UNIQUE = 60  # characters from which a line says something of its own
 PAGE_BREAK = "\n\n\n"
+# The Embedded Rust Book's prose is CC-BY-SA, which is not permissive. It is taken out after the
+# split, so that the other pages stay in the part in which they were before that was noticed.
+SHARE_ALIKE = re.compile(r"rust-doc/.*/embedded-book/.*")
 FURNITURE = re.compile(r"^(This page last modified on .*|See also lists of Objects, .*)$", re.M)
 CRUDE = re.compile(r"fuck|shit|cunt|nigg|piss|sex|rape|bitch|whore|nazi", re.I)
 
@@ -104,7 +107,10 @@ def split_pages(pages: list[Page]) -> dict[str, list[Page]]:
         if name != "train":
             parts[name] = [_without(page, seen) for page in parts[name]]
         seen |= {line for line in lines if len(line) >= LINE_UNIQUE}
-    return parts
+    return {
+        name: [page for page in pages if not SHARE_ALIKE.fullmatch(page.name)]
+        for name, pages in parts.items()
+    }
 
 
 def _without(page: Page, seen: set[str]) -> Page:
