@@ -104,7 +104,10 @@ def settings_of(module: str, config: Mapping[str, Any]) -> ModuleSettings:
         if matches:
             table |= override if isinstance(override, Mapping) else {}
             break
-    for name in config.get("modules_to_not_convert") or ():
+    names = config.get("modules_to_not_convert") or []
+    if not isinstance(names, list):
+        raise CheckpointError("config.json: modules_to_not_convert is not a list of names")
+    for name in names:
         if module == name or module.endswith(f".{name}"):
             return ModuleSettings(False, because=f"modules_to_not_convert, {name}")
     group = table.get("group_size")

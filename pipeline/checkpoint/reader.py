@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +61,14 @@ class Checkpoint:
         parts missing, left over or of an unknown kind.
         """
         path = Path(path)
-        layout = read_layout(path)
-        config = _read_config(path)
-        headers = [read_header(resolve_inside(path, file), file) for file in layout.files]
-        _check_completeness(headers)
-        checkpoint = cls(path, config, {header.file: header for header in headers})
-        if layout.weight_map is not None:
-            check_against(layout.weight_map, checkpoint.entries)
+        with _collection_paused():
+            layout = read_layout(path)
+            config = _read_config(path)
+            headers = [read_header(resolve_inside(path, file), file) for file in layout.files]
+            _check_completeness(headers)
+            checkpoint = cls(path, config, {header.file: header for header in headers})
+            if layout.weight_map is not None:
+                check_against(layout.weight_map, checkpoint.entries)
         return checkpoint
 
     def _claim(self) -> dict[str, StoredWeight]:
@@ -242,6 +245,21 @@ class Checkpoint:
         return storage.decode(weights, _known(weights[0]), self._parts(weights, device))
 
 
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No search for garbage while millions of small objects are made, none of them garbage.
+
+    It would take four fifths of the time that 440,000 header entries need.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _known(weight: StoredWeight) -> State:
     assert weight.known is not None, f"{weight.name} has not been resolved"
     return weight.known
@@ -260,10 +278,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_completeness(headers: Sequence[FileHeader]) -> None:
     """Either every file has its data or none has."""
     empty = [header.file for header in headers if header.headers_only]
-    whole = [header.file for header in headers if header.size == header.data_end]
-    if empty and len(whole) + len(empty) == len(headers) and any(
-        header.data_end > header.data_start for header in headers if not header.headers_only
-    ):  # fmt: skip
+    whole = [h.file for h in headers if not h.headers_only and h.data_end > h.data_start]
+    if empty and whole:
         raise CheckpointError(
             f"{empty[0]}: truncated after its header, while {whole[0]} is whole; download it again"
         )

@@ -2,15 +2,18 @@
 
 import json
 import os
+import random
 import re
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from layout import CONFIG, eight_bit, four_bit, truncate_to_header, write_model
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import CheckpointError, NumericalError
+from pipeline.errors import CheckpointError, NumericalError, UserError
 
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -80,6 +83,20 @@ def test_large_and_small_tensors_in_one_stack_of_reads(tmp_path):
         names = [f"t.{i}" for i in torch.randperm(20).tolist()]
         stack = Checkpoint.open(path).load_stack(names)
         assert torch.equal(stack, torch.stack([tensors[name] for name in names]))
+
+
+def test_threads_may_share_it(tmp_path):
+    tensors = {f"t.{i}": torch.randn(64, 200) for i in range(40)}
+    path = write_model(tmp_path, {"model.safetensors": tensors | four_bit("q", torch.ones(8, 64))})
+    checkpoint = Checkpoint.open(path)
+
+    def work(i):
+        names = [f"t.{(i + k) % 40}" for k in range(10)]
+        same = torch.equal(checkpoint.load_stack(names), torch.stack([tensors[n] for n in names]))
+        return same and checkpoint.load("q").shape == (8, 64)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(200)))
 
 
 def test_unknown_names_and_unequal_shapes(tmp_path):
@@ -381,3 +398,67 @@ def test_legacy_gptq_config(tmp_path):
     (path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     found = Checkpoint.open(path).config["quantization_config"]
     assert found == {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
+def test_two_quant_states(tmp_path):
+    tensors = four_bit("w.weight", torch.randn(32, 64), "nf4")
+    tensors |= four_bit("w.weight", torch.randn(32, 64), "fp4")
+    refused(write_model(tmp_path, {"model.safetensors": tensors}), r"w\.weight has two quant_st")
+
+
+def test_damaged_bytes_give_clear_errors(tmp_path):
+    """Any change of any byte either goes unnoticed or is the user's error, never a crash."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)  # shown when the test fails
+    rng = random.Random(seed)
+    tensors = four_bit("b.weight", torch.randn(16, 64)) | {"a.weight": torch.randn(4, 4)}
+    path = write_model(tmp_path, {"model.safetensors": tensors | eight_bit("c", torch.ones(4, 8))})
+    files = [path / "model.safetensors", path / INDEX, path / "config.json"]
+    sound = {file: file.read_bytes() for file in files}
+    for _ in range(300):
+        file = rng.choice(files)
+        data = bytearray(sound[file])
+        for _ in range(rng.randint(1, 3)):
+            position = rng.randrange(min(len(data), 2500))
+            data[position] = rng.choice(b'[]{}",:0123456789\x00\xff.-aeN')
+        file.write_bytes(data)
+        try:
+            checkpoint = Checkpoint.open(path)
+            checkpoint.describe()
+            for name in checkpoint.weights:
+                checkpoint.load(name)
+        except UserError as error:
+            assert "\n" not in str(error)
+        file.write_bytes(sound[file])
+
+
+def test_many_tensors_open_in_seconds(tmp_path):
+    """An eighth of an 80B model: 6 layers of 512 experts, 55,296 stored tensors, headers only."""
+    header, index, position = {}, {}, 0
+    for layer in range(6):
+        for expert in range(512):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+                for suffix, dtype, shape, size in (
+                    ("", "U8", [524288, 1], 524288),
+                    (".absmax", "U8", [16384], 16384),
+                    (".nested_absmax", "F32", [64], 256),
+                    (".nested_quant_map", "F32", [256], 1024),
+                    (".quant_map", "F32", [16], 64),
+                    (".quant_state.bitsandbytes__nf4", "U8", [170], 170),
+                ):
+                    end = position + size
+                    header[name + suffix] = {
+                        "dtype": dtype, "shape": shape, "data_offsets": [position, end]
+                    }  # fmt: skip
+                    index[name + suffix] = "model.safetensors"
+                    position = end
+    write_raw(tmp_path / "model.safetensors", header)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_experts": 512}))
+    started = time.process_time()
+    summary = Checkpoint.open(tmp_path).describe()
+    assert time.process_time() - started < 8  # 0.6 s on the machine this was written on
+    assert (summary.experts, len(summary.layers)) == (512, 6)
+    assert summary.elements == 6 * 512 * 3 * 512 * 2048
+    assert summary.nbytes == position

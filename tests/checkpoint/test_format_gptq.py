@@ -221,3 +221,7 @@ def test_settings_of_others():
         settings_of("x", {"dynamic": {"-:(": {}}})
     with pytest.raises(CheckpointError, match="group_size 0"):
         settings_of("x", {"group_size": 0})
+    with pytest.raises(CheckpointError, match="not a table of rules"):
+        settings_of("x", {"dynamic": [1]})
+    with pytest.raises(CheckpointError, match="not a list of names"):
+        settings_of("x", {"modules_to_not_convert": "lm_head"})

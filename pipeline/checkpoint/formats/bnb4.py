@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,13 @@ PREFIX = "bitsandbytes__"
 QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-STORAGE = ("U8", "BF16", "F16", "F32")
+PART_DTYPES = {
+    "weight": ("U8", "BF16", "F16", "F32"),
+    "quant_state": ("U8",),
+    "quant_map": ("F32",),
+    "nested_absmax": ("F32",),
+    "nested_quant_map": ("F32",),
+}
 SIDE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 SUFFIXES = tuple(f".{part}" for part in SIDE_PARTS)
 KERNEL_BLOCK = 1024
@@ -73,12 +80,11 @@ class Bnb4:
         self, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]
     ) -> list[StoredWeight]:
         """Weights by their quant_state; CheckpointError for a part missing or left over."""
-        weights = [
-            self._weight(name, entries) for name in entries if MARK in name
-        ]  # fmt: skip
+        weights = [self._weight(name, entries) for name in entries if MARK in name]
         claimed = {weight.name for weight in weights}
         if len(claimed) != len(weights):
-            raise CheckpointError("a matrix has two quant_states; the files are not of one model")
+            twice = next(name for name, n in Counter(w.name for w in weights).items() if n > 1)
+            raise CheckpointError(f"{twice} has two quant_states; the files are not of one model")
         for name, entry in entries.items():
             if name.endswith(SUFFIXES) and name.rpartition(".")[0] not in claimed:
                 base = name.rpartition(".")[0]
@@ -102,19 +108,13 @@ class Bnb4:
         for part in ("weight", *(SIDE_PARTS if nested else SIDE_PARTS[:2])):
             if part not in parts:
                 raise missing_part(name, part, file)
-        expected = {
-            "quant_state": ("U8",),
-            "weight": STORAGE,
-            "absmax": ("U8",) if nested else ("F32",),
-            "quant_map": ("F32",),
-            "nested_absmax": ("F32",),
-            "nested_quant_map": ("F32",),
-        }
+        scales = ("U8",) if nested else ("F32",)
         for part, entry in parts.items():
-            if entry.dtype not in expected[part]:
+            expected = scales if part == "absmax" else PART_DTYPES[part]
+            if entry.dtype not in expected:
                 raise CheckpointError(
                     f"{entry.file}: {entry.name} is {entry.dtype}; "
-                    f"{' or '.join(expected[part])} was expected"
+                    f"{' or '.join(expected)} was expected"
                 )
         return StoredWeight(name, quant_type, parts, 2 * parts["weight"].nbytes)
 
