@@ -1,13 +1,17 @@
 """The plan is data: what a recipe will do, and everything that can be refused before doing it.
 
-`prepare` opens the source from its headers and checks the recipe against it; `plan` lists the jobs.
-Both work on a directory of headers alone.  `run` executes the very list that `requant plan` prints.
+`prepare` opens the source from its headers and checks the recipe against it; `plan` lists the jobs
+and checks what they need against limits and machine.  Both work on a directory of headers alone
+(which is planned here to be run elsewhere, so this machine's memory is then no reason to refuse).
+`run` executes the very list that `requant plan` prints.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,14 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import CheckpointError, RecipeError, ResourceError
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
-from pipeline.models.skeleton import architecture_of, build_skeleton, model_config
+from pipeline.models.skeleton import architecture_of, build_skeleton, geometry_of, model_config
 from pipeline.progress import size
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.recipe import Recipe
 from pipeline.stages.context import Context, Job
-from pipeline.stages.order import STAGES
+from pipeline.stages.formats import module_rules
+from pipeline.stages.order import BUILDING, STAGES
+from pipeline.stages.validate import check_device_memory
 from pipeline.workdir import WorkDirectory
 
 RUNTIME_BYTES = 1 << 30
@@ -34,6 +40,9 @@ RUNTIME_BYTES = 1 << 30
 
 DENSE_FORMATS = frozenset({"nf4", "fp4", "int8", "dense"})
 """Formats that the pipeline converts from; the others are results already."""
+
+PACKING_SLACK = 8
+"""Elements that a packed matrix may seem to have on top of its own, from filling up a word."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +68,14 @@ def prepare(recipe: Recipe, text: str) -> Context:
 
     Raises CheckpointError, RecipeError or OutputError, in one line, for what can be refused now.
     """
-    source = locate(recipe)
+    source = locate(recipe.source.model, recipe.source.revision)
     checkpoint = Checkpoint.open(source)
     architecture = architecture_of(checkpoint.config, str(source))
-    try:
-        geometry = architecture.geometry(checkpoint.config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}/config.json: {error} is missing or malformed") from None
-    _check_recipe(recipe, architecture, geometry)
-    _check_source(checkpoint, architecture, geometry)
+    geometry = geometry_of(architecture, checkpoint.config, str(source))
+    _check_recipe(recipe, architecture)
+    shapes = _expected_shapes(checkpoint, architecture, geometry)
+    _check_source(checkpoint, architecture, shapes)
+    _check_groups(recipe, architecture, geometry, shapes)
     work = WorkDirectory(Path(recipe.output.path).absolute())
     work.check()
     if work.output.resolve().is_relative_to(source.resolve()):
@@ -76,18 +84,27 @@ def prepare(recipe: Recipe, text: str) -> Context:
     return Context(recipe, text, checkpoint, architecture, geometry, work, device)
 
 
-def plan(context: Context) -> Plan:
-    """All jobs of a run, with what they need; refuses what machine or limits cannot hold."""
+def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
+    """All jobs of a run, with what they need.
+
+    Raises ResourceError when the limits, or the machine, cannot hold the jobs of `stages`.
+    """
     jobs = tuple(job for stage in STAGES.values() for job in stage.jobs(context))
     result = Plan(
         jobs=jobs,
         device=str(context.device),
         seconds=_seconds(jobs, context.device),
-        disk_bytes=sum(job.bytes_written for job in jobs),
+        disk_bytes=sum(job.bytes_written for job in jobs) + max(j.bytes_scratch for j in jobs),
         host_bytes=RUNTIME_BYTES + max(job.host_bytes for job in jobs),
         device_bytes=max(job.device_bytes for job in jobs),
     )
-    _check_resources(result, context)
+    _check_disk(result, context)
+    chosen = [job for job in jobs if job.stage in stages]
+    _check_limits([job for job in chosen if job.stage in BUILDING], context)
+    if "validate" in stages:
+        check_device_memory(context)
+    if not context.checkpoint.headers_only:
+        _check_machine(chosen, context)
     return result
 
 
@@ -97,28 +114,25 @@ def as_dict(made: Plan) -> dict[str, Any]:
     return asdict(made) | {"jobs": jobs}
 
 
-def locate(recipe: Recipe) -> Path:
-    """The source's directory: as given, or a Hub id's snapshot in the local Hub cache."""
-    model = recipe.source.model
+def locate(model: str, revision: str | None = None) -> Path:
+    """A model's directory: as given, or a Hub id's snapshot in the local Hub cache."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"source.model {model} is a file; give the model's directory")
+        raise CheckpointError(f"{model} is a file; give the model's directory")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"source.model {model} does not exist")
+        raise CheckpointError(f"model {model} does not exist")
     try:
-        return Path(
-            snapshot_download(model, revision=recipe.source.revision, local_files_only=True)
-        )
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
         raise CheckpointError(
-            f"source.model {model} is neither a directory nor in the local Hub cache;"
+            f"model {model} is neither a directory nor in the local Hub cache;"
             f" download it first: hf download {model}"
         ) from None
 
 
-def _check_recipe(recipe: Recipe, architecture: Architecture, geometry: Geometry) -> None:
+def _check_recipe(recipe: Recipe, architecture: Architecture) -> None:
     wanted = recipe.requantize
     if QUANTIZERS.get(wanted.method) is None:
         known = ", ".join(QUANTIZERS)
@@ -129,23 +143,12 @@ def _check_recipe(recipe: Recipe, architecture: Architecture, geometry: Geometry
             raise RecipeError(f"requantize.modules: {name!r} is unknown; known here: {known}")
     if "experts" not in wanted.modules:
         raise RecipeError("requantize.modules must name experts: they are what runs in RAM")
-    group = wanted.group_size
-    for what, columns in (("hidden size", geometry.hidden), ("inner size", geometry.inner)):
-        if group > 0 and columns % group:
-            raise RecipeError(
-                f"requantize.group_size {group} does not divide the experts' {what} {columns}"
-            )
 
 
-def _check_source(checkpoint: Checkpoint, architecture: Architecture, geometry: Geometry) -> None:
-    """Every tensor that the model needs is there, convertible, and of the config's shape."""
-    formats = {w.format for w in checkpoint.weights.values()}
-    for known in sorted(formats - DENSE_FORMATS):
-        raise CheckpointError(
-            f"{checkpoint.path} is already quantised as {known}; split it as it is with"
-            " `requant shard`"
-        )
-    checkpoint.check_states()
+def _expected_shapes(
+    checkpoint: Checkpoint, architecture: Architecture, geometry: Geometry
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the model of config.json has, by its dense name."""
     shapes = {
         architecture.gate: (geometry.inner, geometry.hidden),
         architecture.up: (geometry.inner, geometry.hidden),
@@ -167,25 +170,82 @@ def _check_source(checkpoint: Checkpoint, architecture: Architecture, geometry: 
         f"{architecture.layer_prefix(i)}{architecture.experts}." for i in geometry.moe_layers
     )
     head = f"{architecture.head}.weight"
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
     for name, parameter in skeleton.named_parameters():
-        if not name.startswith(experts) and not (tied and name == head):
+        if not name.startswith(experts):
             names[name] = tuple(parameter.shape)
-    for name, shape in names.items():
+    if checkpoint.config.get("tie_word_embeddings"):  # the head may be stored again, or not
+        names.pop(head, None)
+        if head in checkpoint.weights:
+            names[head] = names[f"{architecture.embedding}.weight"]
+    return names
+
+
+def _check_source(
+    checkpoint: Checkpoint, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Every tensor that the model needs is there, convertible, and of the config's shape."""
+    formats = {w.format for w in checkpoint.weights.values()}
+    for known in sorted(formats - DENSE_FORMATS):
+        raise CheckpointError(
+            f"{checkpoint.path} is already quantised as {known}; split it as it is with"
+            " `requant shard`"
+        )
+    checkpoint.check_states()
+    for name, shape in shapes.items():
         weight = checkpoint.weights.get(name)
         if weight is None:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
         found = weight.shape
+        # Headers alone do not tell the shape of a packed matrix, but its size (see `elements`).
+        if found is None and not 0 <= weight.elements - math.prod(shape) < PACKING_SLACK:
+            found = (weight.elements,)
         if found is not None and tuple(found) != shape:
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name} has shape {tuple(found)},"
                 f" config.json asks for {shape}"
             )
+    ignored = tuple(f"{part}." for part in architecture.ignored)
+    for name in checkpoint.weights:
+        if name not in shapes and not name.startswith(ignored):
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has no place in the"
+                f" {architecture.model_type} model that config.json describes"
+            )
+
+
+def _check_groups(
+    recipe: Recipe,
+    architecture: Architecture,
+    geometry: Geometry,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """The group size divides the inputs of all that is to be quantised, and whole words fit."""
+    wanted = recipe.requantize
+    matrices = {"the experts' gate and up": (geometry.inner, geometry.hidden)}
+    matrices["the experts' down"] = (geometry.hidden, geometry.inner)
+    for layer in range(geometry.layers):
+        for module in module_rules(architecture, wanted.modules).quantized:
+            name = f"{architecture.layer_prefix(layer)}{module}.weight"
+            if name in shapes:
+                matrices[name] = (shapes[name][0], shapes[name][1])
+    words = 32 // wanted.bits
+    for name, (rows, columns) in matrices.items():
+        if wanted.group_size > 0 and columns % wanted.group_size:
+            raise RecipeError(
+                f"requantize.group_size {wanted.group_size} does not divide the {columns} inputs"
+                f" of {name}"
+            )
+        if rows % words or columns % words:
+            raise RecipeError(
+                f"{name} is {rows} x {columns}, which {wanted.bits}-bit words cannot hold: both"
+                f" must be multiples of {words}"
+            )
 
 
 def _work(job: Job) -> float:
     """A job's cost in arbitrary units: operations, and bytes at 200 operations each."""
-    return job.flops + 200.0 * (job.bytes_read + job.bytes_written) + 1e6
+    moved = job.bytes_read + job.bytes_written + job.bytes_scratch
+    return job.flops + 200.0 * moved + 1e6
 
 
 def _seconds(jobs: tuple[Job, ...], device: torch.device) -> float:
@@ -207,35 +267,59 @@ def _seconds(jobs: tuple[Job, ...], device: torch.device) -> float:
     return sum(_work(job) for job in jobs) / (rate / 3)
 
 
-def _check_resources(result: Plan, context: Context) -> None:
-    limits = context.recipe.limits
+def _check_disk(result: Plan, context: Context) -> None:
+    """What is still to be written fits; finished units of an earlier run are on disk already."""
     parent = context.output.parent
     while not parent.exists():
         parent = parent.parent
+    done = {m.unit: sum(record.size for record in m.outputs) for m in context.work.markers()}
+    units = {job.unit: job.bytes_written for job in result.jobs}
+    need = result.disk_bytes - sum(units.get(unit, size) for unit, size in done.items())
     free = shutil.disk_usage(parent).free
-    if result.disk_bytes > free:
+    if need > free:
         raise ResourceError(
-            f"{parent} has {size(free)} free, the plan writes {size(result.disk_bytes)};"
+            f"{parent} has {size(free)} free, the plan writes {size(need)};"
             " make room or choose another output.path"
         )
-    available = psutil.virtual_memory().available
-    for name, need, limit, have in (
-        ("host_memory", result.host_bytes, int(limits.host_memory), available),
-        ("device_memory", result.device_bytes, int(limits.device_memory), _device_memory(context)),
+
+
+def _check_limits(jobs: Sequence[Job], context: Context) -> None:
+    """The recipe's limits are the conversion's; a validation has a limit of its own."""
+    limits = context.recipe.limits
+    for name, limit, need in (
+        ("host_memory", int(limits.host_memory), _host(jobs)),
+        (
+            "device_memory",
+            int(limits.device_memory),
+            max((j.device_bytes for j in jobs), default=0),
+        ),
     ):
         if need > limit:
             raise ResourceError(
                 f"limits.{name} is {size(limit)}, the plan needs {size(need)}; raise the limit"
                 " or lower calibration.samples or calibration.sequence_length"
             )
-        if need > have:
-            raise ResourceError(
-                f"the plan needs {size(need)} of {name.replace('_', ' ')}, {size(have)} are there;"
-                " lower calibration.samples or calibration.sequence_length"
-            )
 
 
-def _device_memory(context: Context) -> int:
-    if context.device.type != "cuda":
-        return 0
-    return int(torch.cuda.mem_get_info(context.device)[0])
+def _check_machine(jobs: Sequence[Job], context: Context) -> None:
+    """The machine has the memory that the jobs need, now."""
+    have = {"host memory": psutil.virtual_memory().available, "device memory": None}
+    if context.device.type == "cuda":
+        have["device memory"] = int(torch.cuda.mem_get_info(context.device)[0])
+    for stage in dict.fromkeys(job.stage for job in jobs):
+        its = [job for job in jobs if job.stage == stage]
+        need = {"host memory": _host(its), "device memory": max(job.device_bytes for job in its)}
+        for what, there in have.items():
+            if there is not None and need[what] > there:
+                advice = (
+                    "run it with --until shard here and validate on a larger machine"
+                    if stage == "validate"
+                    else "lower calibration.samples or calibration.sequence_length"
+                )
+                raise ResourceError(
+                    f"{stage} needs {size(need[what])} of {what}, {size(there)} are there; {advice}"
+                )
+
+
+def _host(jobs: Sequence[Job]) -> int:
+    return RUNTIME_BYTES + max((job.host_bytes for job in jobs), default=0)

@@ -30,6 +30,8 @@ class Job:
     """Files, relative to the output directory."""
     bytes_read: int = 0
     bytes_written: int = 0
+    bytes_scratch: int = 0
+    """Temporary files that are gone when the next job is done."""
     flops: float = 0.0
     host_bytes: int = 0
     """Peak anonymous host memory, estimated."""

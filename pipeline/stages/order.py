@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pipeline.stages import dequantize, requantize, shard, validate
 from pipeline.stages.context import JobLister, StageFactory
 
+BUILDING = ("dequantize", "requantize", "shard")
+"""Stages that make the output directory; what comes after measures it."""
+
 
 @dataclass(frozen=True)
 class StageEntry:

@@ -14,14 +14,18 @@ import torch
 import transformers
 
 from pipeline import __version__, hybrid
+from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.writer import write_json
-from pipeline.errors import CheckpointError, OutputError
+from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.evaluate.metrics import compare
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.speed import measure, timed
+from pipeline.progress import size
 from pipeline.report.build import expert_figures, judge, measured, with_digest
 from pipeline.stages.context import Context, Job
+from pipeline.stages.formats import module_rules
 from pipeline.stages.requantize import REFERENCE_FILE
+from pipeline.stages.texts import planned_windows
 from pipeline.workdir import CONVERSION
 
 UNIT = "validate"
@@ -32,10 +36,14 @@ DECODE_TOKENS = 64
 
 def jobs(context: Context) -> list[Job]:
     """One unit: quality, then speed."""
-    windows = context.recipe.validate_.max_windows or 0
-    tokens = windows * context.recipe.validate_.window
-    g = context.geometry
+    validate, g = context.recipe.validate_, context.geometry
+    tokens = planned_windows(context.recipe) * validate.window
     active = g.layers * g.top_k * 3 * g.hidden * g.inner + g.vocabulary * g.hidden
+    resident, experts = _loaded_bytes(context)
+    # Logits of a window in bf16 and, in part, in float32; one layer's experts being unpacked.
+    logits = 4 * validate.window * g.vocabulary
+    unpacking = 2 * 3 * g.experts * g.hidden * g.inner
+    on_cpu = context.device.type == "cpu"
     return [
         Job(
             "validate",
@@ -44,8 +52,36 @@ def jobs(context: Context) -> list[Job]:
             outputs=(REPORT_FILE,),
             bytes_read=sum(w.elements for w in context.checkpoint.weights.values()) // 2,
             flops=2.0 * active * tokens,
+            host_bytes=experts + unpacking + (resident + logits if on_cpu else 0),
+            device_bytes=0 if on_cpu else resident + logits,
         )
     ]
+
+
+def check_device_memory(context: Context) -> None:
+    """ResourceError when the result could not be loaded within validate.device_memory."""
+    limit, need = int(context.recipe.validate_.device_memory), _loaded_bytes(context)[0]
+    if need > limit:
+        raise ResourceError(
+            f"validate.device_memory is {size(limit)}, the weights outside the experts take"
+            f" {size(need)}; raise it"
+        )
+
+
+def _loaded_bytes(context: Context) -> tuple[int, int]:
+    """Bytes of the loaded result: outside the routed experts, and in them."""
+    a, recipe = context.architecture, context.recipe.requantize
+    rules = module_rules(a, recipe.modules)
+    packed = tuple(f".{module}.weight" for module in rules.quantized)
+    group = recipe.group_size if recipe.group_size > 0 else context.geometry.inner
+    bits = recipe.bits + 32 / group  # scale and zero, 16 bits each
+    resident = experts = 0.0
+    for name, weight in context.checkpoint.weights.items():
+        if expert_of(name) is not None:
+            experts += weight.elements * bits / 8
+        elif not name.startswith(tuple(f"{part}." for part in a.ignored)):
+            resident += weight.elements * (bits / 8 if name.endswith(packed) else 2)
+    return int(resident), int(experts)
 
 
 class Validation:
@@ -107,6 +143,10 @@ def validate_model(
                 f"{model} holds no {REFERENCE_FILE}; give the source it was made from with --source"
             )
         reference = Reference.load(path)
+    started = time.monotonic()
+    if torch.cuda.is_available():  # a conversion in the same process is no part of the result
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     loaded, load_seconds = timed(lambda: hybrid.load(model, device_memory=device_memory))
     comparison = compare(loaded, reference)
     prompt = reference.windows.token_ids[0, :PROMPT_TOKENS]
@@ -119,7 +159,8 @@ def validate_model(
         **measured(comparison, speed, load_seconds),
         "placement": loaded.hybrid_placement,
         "experts": expert_figures(conversion),
-        "stages": conversion.get("stages", {}),
+        "stages": conversion.get("stages", {})
+        | {"validate": {"seconds": round(time.monotonic() - started, 3)}},
         "baseline": conversion.get("baseline", "the reference's source"),
         "text": dict(reference.labels),
         "machine": machine(),
