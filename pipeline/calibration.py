@@ -16,16 +16,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.errors import CalibrationError, CheckpointError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of these holds a tokenizer's vocabulary."""
+
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; never runs code from it."""
+    """The tokenizer of a model directory; never runs code from it.
+
+    Raises CheckpointError for one that is missing (transformers would make up an empty one) or
+    damaged.
+    """
+    if not any((model / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{model}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); download it too"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(model), trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model}: the tokenizer cannot be loaded ({line})") from None
+    except Exception as error:  # the tokenizers library raises no narrower class
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{model}: the tokenizer cannot be loaded ({line})") from error
     return tokenizer
 
 
@@ -68,12 +79,13 @@ def calibration_sequences(
     chunks: list[Tensor] = []
     for source in sources:
         tokens = tokenize(tokenizer, read_text(source))
-        chunks.extend(tokens[: len(tokens) // length * length].split(length))
+        whole = len(tokens) // length
+        chunks.extend(tokens[: whole * length].view(whole, length))
     if len(chunks) < samples:
         raise CalibrationError(
             f"{', '.join(sources)}: {len(chunks)} sequences of {length} tokens, {samples} were"
-            f" asked for; set calibration.samples={len(chunks)}, shorten calibration.sequence_length or"
-            " add text"
+            f" asked for; set calibration.samples={len(chunks)}, shorten"
+            " calibration.sequence_length or add text"
             if chunks
             else f"{', '.join(sources)}: not one sequence of {length} tokens;"
             " shorten calibration.sequence_length or add text"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable
 from typing import Any
 
-import bitsandbytes
 import psutil
 import torch
 import transformers
@@ -20,13 +20,10 @@ from pipeline.recipe import Recipe
 from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
 from pipeline.stages.experts import TILE_EXPERTS
-from pipeline.stages.order import STAGES
+from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.requantize import streams_file
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.workdir import CONVERSION, difference
-
-BUILDING = ("dequantize", "requantize", "shard")
-"""Stages that make the output directory; what comes after measures it."""
 
 
 def run(
@@ -49,6 +46,8 @@ def run(
             raise RecipeError(f"unknown stage {name!r}; stages are: {', '.join(STAGES)}")
     if until and only:
         raise RecipeError("--until and --only exclude each other")
+    if fresh and only:
+        raise RecipeError("--fresh begins with the first stage, it does not go with --only")
     torch.set_num_threads(recipe.limits.threads or psutil.cpu_count(logical=False) or 1)
     context = prepare(recipe, text)
     if context.checkpoint.headers_only:
@@ -56,11 +55,11 @@ def run(
             f"{context.checkpoint.path} holds headers only; it can be planned, not converted"
         )
     with context.work:
-        if fresh:
-            context.work.clear()
         context.work.recover()
         chosen = _chosen_stages(until, only)
-        wanted = fingerprint(context)
+        wanted = fingerprint(context)  # reads the texts: nothing is forgotten for a bad one
+        if fresh:
+            context.work.clear()
         built = not fresh and _is_built(context, wanted)
         todo = [name for name in chosen if not (built and name in BUILDING)]
         if built and len(todo) < len(chosen):
@@ -78,9 +77,11 @@ def fingerprint(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     resolved = recipe.resolved()
     headers = context.checkpoint.headers
+    config = context.checkpoint.config.items()
     cuda = context.device.type == "cuda"
     return {
         "source": {name: headers[name].size for name in sorted(headers)},
+        "config": {key: value for key, value in config if key != "quantization_config"},
         "recipe": {key: resolved[key] for key in ("dequantize", "requantize")},
         "texts": context.texts.digests,
         "seed": recipe.calibration.seed,
@@ -91,7 +92,7 @@ def fingerprint(context: Context) -> dict[str, Any]:
             "requant": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
+            "bitsandbytes": importlib.metadata.version("bitsandbytes"),
         },
     }
 
@@ -104,17 +105,27 @@ def _chosen_stages(until: str | None, only: str | None) -> list[str]:
 
 
 def _is_built(context: Context, wanted: dict[str, Any]) -> bool:
-    """Whether the output directory is there and made from the same fingerprint."""
+    """Whether the output directory is there, made from the same fingerprint and source.
+
+    A --fresh run that was cut off has left work that is to be finished, not an output to be kept.
+    """
     path = context.output / CONVERSION
-    if not path.is_file():
+    wanted = json.loads(json.dumps(wanted))
+    begun = context.work.begun and difference(context.work.fingerprint(), wanted) is None
+    if begun or not path.is_file():
         return False
-    found = json.loads(path.read_text()).get("fingerprint")
-    changed = difference(found, json.loads(json.dumps(wanted)))
+    try:
+        made = json.loads(path.read_text())
+        found, files = made.get("fingerprint"), made.get("source_files", {})
+    except (ValueError, AttributeError):
+        raise OutputError(f"{path} is damaged; make the output again with --fresh") from None
+    changed = difference(found, wanted)
     if changed:
         raise OutputError(
             f"{context.output} was made differently: {changed};"
             " choose another output.path, or make it again with --fresh"
         )
+    check_unchanged(context, files, context.output)
     return True
 
 
@@ -125,11 +136,11 @@ def _execute_building(
     quiet: bool,
     announce: Callable[[str], None],
 ) -> None:
-    whole = plan(context)
+    whole = plan(context, todo)
     context.work.open(wanted)
     checked = context.work.finished(CHECK_UNIT)
     if checked is not None:
-        check_unchanged(context, checked)
+        check_unchanged(context, checked.data["files"], context.work.root)
     jobs = [job for job in whole.jobs if job.stage in todo and job.stage in BUILDING]
     done = _done(context, whole)
     first = BUILDING.index(next(name for name in todo if name in BUILDING))
@@ -138,8 +149,9 @@ def _execute_building(
             raise OutputError(
                 f"{job.stage} is not finished in {context.work.root}; run it first (without --only)"
             )
-    if done:
-        announce(f"resuming: {len(done)} of {len(jobs)} units are done")
+    resumed = sum(job.unit in done for job in jobs)
+    if resumed:
+        announce(f"resuming: {resumed} of {len(jobs)} units are done")
     with Reporter(sum(whole.job_seconds(job) for job in jobs), quiet) as reporter:
         context.progress = reporter.detail
         for name in todo:

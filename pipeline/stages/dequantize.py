@@ -7,7 +7,10 @@ unless the recipe says `dequantize: {write: true}`, which makes a standard bf16 
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,14 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.index import build_index
+from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.sums import digest_file
 from pipeline.checkpoint.writer import FileRecord, write_json, write_safetensors
 from pipeline.errors import OutputError
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import tiles
 from pipeline.stages.side_files import copy_side_files
-from pipeline.workdir import CONVERSION, Marker
+from pipeline.workdir import CONVERSION
 
 CHECK_UNIT = "dequantize-check"
 WRITE_UNIT = "dequantize-write"
@@ -35,6 +39,9 @@ def jobs(context: Context) -> list[Job]:
     total = sum(w.nbytes for w in context.checkpoint.weights.values())
     listed = [Job("dequantize", CHECK_UNIT, tuple(files), (), bytes_read=total)]
     if context.recipe.dequantize.write:
+        target = dense_directory(context)
+        if target.exists() and not (target / CONVERSION).is_file():
+            raise OutputError(f"{target} exists and was not made by requant; move it away")
         elements = sum(w.elements for w in context.checkpoint.weights.values())
         largest = 6 * context.geometry.experts * context.geometry.hidden * context.geometry.inner
         listed.append(
@@ -61,12 +68,16 @@ class Dequantize:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._elsewhere = 0.0
+        """Seconds of the current job that markers of its parts account for."""
 
     def run(self, job: Job) -> None:
         """Check the source, or write it as bf16."""
         started = time.monotonic()
+        self._elsewhere = 0.0
         data = self._check() if job.unit == CHECK_UNIT else self._write()
-        self._context.work.finish(job.unit, [], time.monotonic() - started, data)
+        seconds = time.monotonic() - started - self._elsewhere
+        self._context.work.finish(job.unit, [], seconds, data)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -74,6 +85,9 @@ class Dequantize:
     def _check(self) -> dict[str, Any]:
         checkpoint = self._context.checkpoint
         checkpoint.check_states()
+        stored = {n: w for n, w in checkpoint.weights.items() if expert_of(n) is None}
+        for name in stored:  # the experts are checked when they are decoded, tile by tile
+            checkpoint.load(name)
         paths = [checkpoint.path / name for name in sorted(checkpoint.headers)]
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             digests = list(pool.map(digest_file, paths))
@@ -87,9 +101,13 @@ class Dequantize:
         """Write one file a layer, then the index; each file is a unit that a resumed run skips."""
         context = self._context
         target = dense_directory(context)
-        if target.exists() and not (target / CONVERSION).is_file():
-            raise OutputError(f"{target} exists and was not made by requant; move it away")
+        made = {"schema": 1, "kind": "dequantized", "source": self._source_digests()}
         folder = context.work.internal / "bf16"
+        previous = target.with_name(f".{target.name}.previous")
+        if _read_json(target / CONVERSION) == made and not folder.exists():
+            # An earlier run made it, or this one was killed after the renaming.
+            shutil.rmtree(previous, ignore_errors=True)
+            return {"path": str(target)}
         folder.mkdir(exist_ok=True)
         index: dict[str, dict[str, int]] = {}
         for layer in [*range(context.geometry.layers), None]:
@@ -106,17 +124,26 @@ class Dequantize:
                 record = FileRecord(f".work/bf16/{name}", written.size, written.sha256)
                 nbytes = {n: t.nbytes for n, t in tensors.items()}
                 seconds = time.monotonic() - started
+                self._elsewhere += seconds
                 marker = context.work.finish(unit, [record], seconds, {"nbytes": nbytes})
             index[name] = marker.data["nbytes"]
         write_json(folder / "model.safetensors.index.json", build_index(index))
         config = {k: v for k, v in context.checkpoint.config.items() if k != "quantization_config"}
         write_json(folder / "config.json", config | {"dtype": "bfloat16"})
         copy_side_files(context.checkpoint.path, folder)
-        write_json(folder / CONVERSION, {"schema": 1, "kind": "dequantized"})
+        write_json(folder / CONVERSION, made)
         if target.exists():
-            raise OutputError(f"{target} exists already; move it away")
+            shutil.rmtree(previous, ignore_errors=True)
+            target.rename(previous)
         folder.rename(target)
+        shutil.rmtree(previous, ignore_errors=True)
         return {"path": str(target)}
+
+    def _source_digests(self) -> dict[str, str]:
+        checked = self._context.work.finished(CHECK_UNIT)
+        assert checked is not None, "the check comes before the writing"
+        digests = {name: known["sha256"] for name, known in checked.data["files"].items()}
+        return digests | {"config.json": digest_file(self._context.checkpoint.path / "config.json")}
 
     def _names(self, layer: int | None) -> list[str]:
         a = self._context.architecture
@@ -145,20 +172,30 @@ class Dequantize:
         return out
 
 
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def identity(path: Path) -> dict[str, int]:
     """Size and time of change: equal ones spare reading the file again."""
     status = path.stat()
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def check_unchanged(context: Context, marker: Marker) -> None:
-    """Refuse to go on with a source that is no longer the one that was checked."""
-    for name, known in marker.data["files"].items():
+def check_unchanged(context: Context, files: Mapping[str, Any], begun: Path) -> None:
+    """Refuse to go on with a source that is no longer the one that was checked.
+
+    `files`: what the check's marker says of them; `begun`: what was made from them.
+    """
+    for name, known in files.items():
         path = context.checkpoint.path / name
         now = identity(path) if path.is_file() else {}
         same = now == {k: known[k] for k in ("size", "mtime_ns")}
         if not same and (not now or digest_file(path) != known["sha256"]):
             raise OutputError(
-                f"source file {path} has changed since {context.work.root} was begun;"
+                f"source file {path} has changed since {begun} was begun;"
                 " put the old file back, or start again with --fresh"
             )

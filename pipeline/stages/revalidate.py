@@ -13,7 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from pipeline.calibration import load_tokenizer, read_text, tokenize
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.writer import write_json
-from pipeline.errors import CheckpointError, RecipeError
+from pipeline.errors import CalibrationError, CheckpointError, RecipeError
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.windows import Windows, sliding_windows
 from pipeline.models.skeleton import architecture_of
@@ -76,6 +76,10 @@ def _windows(model: Path, text: Path | None) -> tuple[Windows, dict[str, str]]:
     chosen = str(text or defaults.text)
     words = read_text(chosen)
     tokens = tokenize(load_tokenizer(model), words)
+    if len(tokens) < defaults.window:
+        raise CalibrationError(
+            f"{chosen} has {len(tokens)} tokens, one window needs {defaults.window}"
+        )
     windows = sliding_windows(tokens, defaults.window, defaults.stride, defaults.max_windows)
     digest = hashlib.sha256(words.encode()).hexdigest()
     return windows, {"text": Path(chosen).name, "text_sha256": digest}
@@ -85,6 +89,8 @@ def _record(
     source: Path, windows: Windows, labels: dict[str, str], announce: Callable[[str], None]
 ) -> Reference:
     checkpoint = Checkpoint.open(source)
+    if checkpoint.headers_only:
+        raise CheckpointError(f"{source} holds headers only; it cannot be measured against")
     architecture = architecture_of(checkpoint.config, str(source))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return record_source(checkpoint, architecture, windows, labels, device, announce)

@@ -7,6 +7,7 @@ directory gets its final name.  `split_existing` does the same for a GPTQ model 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from pipeline.checkpoint.split import experts_file, plan_split
 from pipeline.checkpoint.sums import write_sums
 from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError
+from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
-from pipeline.models.skeleton import architecture_of
+from pipeline.models.skeleton import architecture_of, geometry_of
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.report.build import with_digest
 from pipeline.stages.context import Context, Job
+from pipeline.stages.dequantize import CHECK_UNIT
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.requantize import (
     REFERENCE_FILE,
@@ -77,6 +80,7 @@ class Shard:
 
     def run(self, job: Job) -> None:
         """Assemble, seal, rename."""
+        started = time.monotonic()
         context = self._context
         root = context.work.root
         layers = [
@@ -88,6 +92,7 @@ class Shard:
         if last is None or len(layers) != context.geometry.layers:
             raise OutputError(f"{root}: requantize is not finished; run it first")
         records = {r.name: r for m in [*layers, last] for r in m.outputs}
+        context.progress("gathering the tensors outside the experts")
         dense = {
             name: (root / dense_file(i), nbytes)
             for i in [None, *range(context.geometry.layers)]
@@ -112,7 +117,7 @@ class Shard:
                 yaml.safe_dump(context.recipe.resolved(), sort_keys=False).encode(),
             ),
         ]
-        write_json(root / CONVERSION, self._conversion())
+        write_json(root / CONVERSION, self._conversion(started))
         copy_side_files(context.checkpoint.path, root)
         seal(root, sealed)
         context.work.publish()
@@ -131,14 +136,16 @@ class Shard:
         )
         return plain | {"dtype": "bfloat16", "quantization_config": quantization}
 
-    def _conversion(self) -> dict[str, Any]:
+    def _conversion(self, started: float) -> dict[str, Any]:
         """How the result was made: fingerprint, timings, statistics of every layer."""
         work = self._context.work
         markers = work.markers()
+        checked = work.finished(CHECK_UNIT)
         stages: dict[str, float] = {}
         for marker in markers:
             stage = marker.unit.partition("-")[0]
             stages[stage] = stages.get(stage, 0.0) + marker.seconds
+        stages["shard"] = time.monotonic() - started
         layers = [m.data for m in markers if "layer" in m.data]
         return with_digest(
             {
@@ -147,6 +154,7 @@ class Shard:
                 "method": self._context.recipe.requantize.method,
                 "baseline": f"{self._context.recipe.source.model} as stored",
                 "fingerprint": work.fingerprint(),
+                "source_files": checked.data["files"] if checked else {},
                 "stages": {k: {"seconds": round(v, 3)} for k, v in stages.items()},
                 "layers": sorted(layers, key=lambda data: int(data["layer"])),
             }
@@ -184,16 +192,11 @@ def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -
     checkpoint = Checkpoint.open(model)
     if checkpoint.headers_only:
         raise CheckpointError(f"{model} holds headers only, no weights")
+    if output.resolve().is_relative_to(model.resolve()):
+        raise OutputError(f"{output} is the model's own directory, or inside it; choose another")
     architecture = architecture_of(checkpoint.config, str(model))
-    geometry = architecture.geometry(checkpoint.config)
-    first = f"{architecture.expert_module(geometry.moe_layers[0], 0, architecture.gate)}.weight"
-    stored = checkpoint.weights.get(first)
-    if stored is None or stored.format in UNQUANTIZED:
-        what = "missing" if stored is None else f"stored as {stored.format}"
-        raise CheckpointError(
-            f"{model}: expert tensor {first} is {what}; only GPTQ models can be split,"
-            " convert others with `requant run`"
-        )
+    geometry = geometry_of(architecture, checkpoint.config, str(model))
+    _check_experts(checkpoint, architecture, geometry)
     owners: dict[str, int | None] = {}
     prefixes = {
         f"{architecture.layer_prefix(i)}{architecture.experts}.": i for i in geometry.moe_layers
@@ -218,6 +221,21 @@ def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -
         copy_side_files(model, work.root)
         seal(work.root, [*sealed, *nonexpert, *experts])
         work.publish()
+
+
+def _check_experts(checkpoint: Checkpoint, a: Architecture, geometry: Geometry) -> None:
+    """Every expert is there, and quantised."""
+    for layer in geometry.moe_layers:
+        for expert in range(geometry.experts):
+            for projection in (a.gate, a.up, a.down):
+                name = f"{a.expert_module(layer, expert, projection)}.weight"
+                stored = checkpoint.weights.get(name)
+                if stored is None or stored.format in UNQUANTIZED:
+                    what = "missing" if stored is None else f"stored as {stored.format}"
+                    raise CheckpointError(
+                        f"{checkpoint.path}: expert tensor {name} is {what}; only GPTQ models can"
+                        " be split, convert others with `requant run`"
+                    )
 
 
 def write_tables(

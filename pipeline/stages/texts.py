@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -32,9 +33,24 @@ class Texts:
     """What the evaluation windows are, kept with the reference."""
 
     @property
-    def digests(self) -> dict[str, str]:
-        """sha256 of both, for the fingerprint."""
-        return {"calibration": digest(self.calibration), "windows": digest(self.windows.token_ids)}
+    def digests(self) -> dict[str, Any]:
+        """What identifies both, for the fingerprint."""
+        return {
+            "calibration": digest(self.calibration),
+            "windows": digest(self.windows.token_ids),
+            "stride": self.windows.stride,
+            "labels": self.labels,
+        }
+
+
+def planned_windows(recipe: Recipe) -> int:
+    """How many evaluation windows a recipe has, at most; without reading its text."""
+    validate = recipe.validate_
+    if validate.max_windows is not None:
+        return validate.max_windows
+    text = Path(validate.text)
+    # Tokens of running text are 3 bytes and more.
+    return (text.stat().st_size // 3 // validate.stride if text.is_file() else 0) + 1
 
 
 def prepare_texts(recipe: Recipe, model: Path, vocabulary: int) -> Texts:
@@ -50,6 +66,11 @@ def prepare_texts(recipe: Recipe, model: Path, vocabulary: int) -> Texts:
     validate = recipe.validate_
     text = read_text(validate.text)
     tokens = tokenize(tokenizer, text)
+    if len(tokens) < validate.window:
+        raise CalibrationError(
+            f"{validate.text} has {len(tokens)} tokens, one window needs {validate.window};"
+            " use a longer text or a smaller validate.window"
+        )
     windows = sliding_windows(tokens, validate.window, validate.stride, validate.max_windows)
     highest = max(int(calibration.max()), int(windows.token_ids.max()))
     if highest >= vocabulary:
