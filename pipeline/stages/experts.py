@@ -16,8 +16,8 @@ from torch import Tensor
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.models import Architecture
 from pipeline.quantize.hessian import routed_hessians, shrink
-from pipeline.quantize.methods import Quantizer
 from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.solved import Quantizer
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.stages.stream import COMPUTE_DTYPE, Recorded
 
@@ -164,10 +164,12 @@ def solve_tile(
     offsets_tensor = torch.tensor(offsets)
     counts = offsets_tensor.diff()
 
-    sums = routed_hessians(inputs, offsets_tensor) if job.quantizer.needs_hessian else None
-    hessian = None if sums is None else shrink(sums, counts, common, GATE_UP_STRENGTH)
+    hessian = None
+    if job.quantizer.needs_hessian:
+        hessian = shrink(routed_hessians(inputs, offsets_tensor), counts, common, GATE_UP_STRENGTH)
     solved = job.quantizer.quantize(tile.gate_up.float(), hessian, job.scheme, job.options)
     gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
+    del hessian
 
     down_hessian = None
     if job.quantizer.needs_hessian:

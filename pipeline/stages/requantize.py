@@ -45,7 +45,14 @@ from pipeline.stages.experts import (
     tiles,
 )
 from pipeline.stages.formats import output_format
-from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded, check_finite
+from pipeline.stages.stream import (
+    COMPUTE_DTYPE,
+    TOKENS_PER_BATCH,
+    LayerStream,
+    Recorded,
+    check_finite,
+)
+from pipeline.stages.texts import planned_windows
 
 REFERENCE_FILE = "validation_reference.safetensors"
 
@@ -72,9 +79,8 @@ def jobs(context: Context) -> list[Job]:
     """One unit a layer, and one for the reference and the tensors outside all layers."""
     recipe, geometry = context.recipe, context.geometry
     calibration = recipe.calibration.samples * recipe.calibration.sequence_length
-    windows = recipe.validate_.max_windows or 0
-    evaluation = windows * recipe.validate_.window
-    tokens = calibration + evaluation
+    evaluation = planned_windows(recipe) * recipe.validate_.window
+    streams = 2 * (calibration + evaluation) * geometry.hidden
     by_layer, outer = _source_bytes(context)
     on_device = _stream_bytes(context, calibration, evaluation) + _tile_bytes(context, calibration)
     listed = []
@@ -82,7 +88,6 @@ def jobs(context: Context) -> list[Job]:
         sparse = layer in geometry.moe_layers
         experts = _packed_expert_bytes(context) * geometry.experts if sparse else 0
         dense_elements = by_layer[layer].dense_elements
-        streams = 2 * tokens * geometry.hidden
         active = dense_elements
         active += geometry.top_k * 3 * geometry.hidden * geometry.inner if sparse else 0
         flops = 2.0 * active * (2 * calibration + evaluation)
@@ -98,12 +103,14 @@ def jobs(context: Context) -> list[Job]:
                 outputs=(dense_file(layer), *([experts_file(layer)] if sparse else [])),
                 bytes_read=by_layer[layer].nbytes,
                 bytes_written=experts + 2 * dense_elements,
+                bytes_scratch=2 * streams,  # the layer before's are deleted last
                 flops=flops,
                 host_bytes=host,
                 device_bytes=0 if context.device.type == "cpu" else on_device,
                 layer=layer,
             )
         )
+    logits = 8 * max(TOKENS_PER_BATCH // 4, recipe.validate_.window) * geometry.vocabulary
     listed.append(
         Job(
             stage="requantize",
@@ -113,7 +120,7 @@ def jobs(context: Context) -> list[Job]:
             bytes_read=outer.nbytes,
             bytes_written=2 * outer.dense_elements + 150 * evaluation,
             flops=2.0 * evaluation * geometry.hidden * geometry.vocabulary,
-            host_bytes=6 * outer.dense_elements,
+            host_bytes=4 * outer.dense_elements + streams + logits,
         )
     )
     return listed
@@ -158,19 +165,24 @@ def _packed_expert_bytes(context: Context) -> int:
 
 
 def _stream_bytes(context: Context, calibration: int, evaluation: int) -> int:
-    """Both streams in and out of a layer (bf16), expert inputs (bf16), routed sums (float32)."""
+    """Both streams in and out of a layer (bf16), expert inputs (bf16), routed sums (float32), and
+    as much again as one of the sums for what is made on the way."""
     per_token = context.geometry.hidden * (2 + 2 + 2 + 4 + 4)
-    pairs = (calibration + evaluation) * context.geometry.top_k * 20
+    pairs = (calibration + evaluation) * context.geometry.top_k * 28
     return (calibration + evaluation) * per_token + pairs
 
 
 def _tile_bytes(context: Context, calibration: int) -> int:
-    """Largest moment of a tile: gate and up in float32 with their Hessians and factors."""
+    """Largest moment of a tile: gate and up in float32 with their Hessians and factors.
+
+    Measured at hidden 2048, inner 512: the solver's part is 7 times experts * hidden^2 floats.
+    """
     g = context.geometry
     experts = min(TILE_EXPERTS, g.experts)
-    pairs = calibration * g.top_k * experts // g.experts
+    # Tiles are not equally popular; twice the mean has not been seen.
+    pairs = min(2 * calibration * g.top_k * experts // g.experts, calibration * g.top_k)
     weights = experts * 3 * g.inner * g.hidden * 2
-    solver = experts * (4 * 2 * g.inner * g.hidden * 4 + 4 * 4 * g.hidden**2)
+    solver = experts * (4 * 2 * g.inner * g.hidden * 4 + 5 * 4 * g.hidden**2)
     return 2 * weights + solver + 2 * pairs * (g.hidden + 3 * g.inner)
 
 
@@ -230,7 +242,9 @@ class Requantize:
         files, data = self._layer(layer, streams)
         self._wait()
         snapshot = {"calibration": streams.calibration, "evaluation": streams.evaluation}
-        self._pending = self._writer.submit(self._write, layer, files, snapshot, data, started)
+        # Writing goes on beside the next layer's work, so its time is not this unit's.
+        seconds = time.monotonic() - started
+        self._pending = self._writer.submit(self._write, layer, files, snapshot, data, seconds)
 
     def close(self) -> None:
         """Wait for the last layer to be on disk."""
@@ -269,12 +283,14 @@ class Requantize:
         stored = self._stream.load_dense(layer)
         module = self._stream.build_layer(layer, stored)
         source = self._stream.record(module, streams.evaluation)
+        check_finite(source.base, f"layer {layer} of the source")
         packed, losses = self._dense_modules(layer, module, streams.calibration)
         written = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
         for name, parts in packed.items():
             written |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         files = {dense_file(layer): {n: t.cpu() for n, t in written.items()}}
         recorded = self._stream.record(module, streams.calibration)
+        check_finite(recorded.base, f"layer {layer}")
         data: dict[str, Any] = {"layer": layer, "dense_loss": losses}
         if recorded.inputs is None:
             streams.calibration, streams.evaluation = recorded.base, source.base
@@ -426,14 +442,14 @@ class Requantize:
         files: Mapping[str, Mapping[str, Tensor]],
         snapshot: Mapping[str, Tensor],
         data: Mapping[str, Any],
-        started: float,
+        seconds: float,
     ) -> None:
         """Write a layer's files, then the streams, then the marker; drop older streams."""
         work = self._context.work
         records = [self._write_file(name, tensors) for name, tensors in files.items()]
         # The streams are no output: a later layer may remove them, so the marker leaves them out.
         self._write_file(streams_file(layer), {k: v.cpu() for k, v in snapshot.items()})
-        work.finish(layer_unit(layer), records, time.monotonic() - started, data)
+        work.finish(layer_unit(layer), records, seconds, data)
         if layer > 0:
             (work.root / streams_file(layer - 1)).unlink(missing_ok=True)
 
@@ -445,8 +461,11 @@ class Requantize:
     def _record_reference(self, streams: _Streams, started: float) -> None:
         """Source predictions on the validation windows, and the tensors outside all layers."""
         checkpoint = self._context.checkpoint
-        outer = {n: checkpoint.load(n, "cpu") for n in self._stream.outer_names()}
-        records = [self._write_file(dense_file(None), outer)]
+        records = [
+            self._write_file(
+                dense_file(None), {n: checkpoint.load(n) for n in self._stream.outer_names()}
+            )
+        ]
         windows: Windows = self._texts.windows
         builder = ReferenceBuilder(windows, labels=self._texts.labels)
         for first, logits in self._stream.logits(streams.evaluation):

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import NumericalError
 from pipeline.models import Architecture
-from pipeline.models.skeleton import assign, build_skeleton, model_config, rotary_embedding
+from pipeline.models.skeleton import (
+    assign,
+    build_skeleton,
+    geometry_of,
+    model_config,
+    rotary_embedding,
+)
 
 TOKENS_PER_BATCH = 8192
 """Tokens that go through a layer together.  Fixed: other batch sizes give other bytes."""
@@ -39,8 +45,9 @@ class Recorded:
     """Router weights, float32 [tokens, top_k]."""
 
     def with_experts(self, total: Tensor) -> Tensor:
-        """The layer's whole output: base + routed experts' sum (float32 [tokens, hidden])."""
-        return (self.base.float() + total.view(self.base.shape)).to(self.base.dtype)
+        """The layer's whole output: base + routed experts' sum (float32 [tokens, hidden], which
+        is overwritten: at full size a copy of it is gigabytes)."""
+        return total.view(self.base.shape).add_(self.base).to(self.base.dtype)
 
 
 class _Recorder(nn.Module):
@@ -64,7 +71,7 @@ class LayerStream:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
-        self.geometry = architecture.geometry(checkpoint.config)
+        self.geometry = geometry_of(architecture, checkpoint.config, str(checkpoint.path))
         self._model = build_skeleton(model_config(checkpoint.config), COMPUTE_DTYPE)
         self._rotary = rotary_embedding(self._model, device)
 
@@ -106,15 +113,14 @@ class LayerStream:
         """Run a stream through a layer's dense parts, a fixed token batch at a time."""
         recorder = self._recorder(module)
         rotary: tuple[Tensor, Tensor] | None = None
-        outputs = []
+        base = torch.empty_like(hidden)
         batch = max(1, TOKENS_PER_BATCH // hidden.shape[1])
         with torch.inference_mode():
-            for part in hidden.split(batch):
+            for part, output in zip(hidden.split(batch), base.split(batch), strict=True):
                 if rotary is None:
                     positions = torch.arange(part.shape[1], device=self.device).unsqueeze(0)
                     rotary = self._rotary(part, positions)
-                outputs.append(self.architecture.call_layer(module, part, rotary))
-        base = torch.cat(outputs)
+                output.copy_(self.architecture.call_layer(module, part, rotary))
         if recorder is None:
             return Recorded(base, None, None, None)
         inputs, index, weight = (torch.cat(parts) for parts in zip(*recorder.calls, strict=True))
@@ -143,7 +149,7 @@ class LayerStream:
 
 def check_finite(hidden: Tensor, where: str) -> None:
     """Raise NumericalError, naming the place and the first sequence, for NaN or Inf."""
-    bad = ~torch.isfinite(hidden).flatten(1).all(dim=1)
-    if bool(bad.any()):
-        sequence = int(bad.nonzero()[0])
+    low, high = torch.aminmax(hidden)  # hands NaN on, and allocates nothing
+    if not bool(torch.isfinite(torch.stack([low, high])).all()):
+        sequence = next(i for i, rows in enumerate(hidden) if not torch.isfinite(rows).all())
         raise NumericalError(f"activations after {where} hold NaN or Inf (sequence {sequence})")
