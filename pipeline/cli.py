@@ -8,16 +8,32 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline import __version__
-from pipeline.errors import UserError
+from pipeline.errors import CheckpointError, OutputError, UserError
+
+
+class Interrupted(Exception):
+    """Ctrl-C inside a verb; typer would end the program without a word."""
+
+
+class _Verbs(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  (typer brings its own copy of click)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
 
 app = typer.Typer(
     name="requant",
+    cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -26,6 +42,7 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as recipes/demo.yaml")]
 Model = Annotated[Path, typer.Argument(help="a model directory")]
+HubModel = Annotated[str, typer.Argument(help="a model directory, or the Hub id of a cached one")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="override a recipe key: requantize.group_size=32")
@@ -46,19 +63,28 @@ def _main(
 def doctor(as_json: Json = False) -> None:
     """What this machine can do: GPU, RAM, disk, CPU flags, kernels, versions."""
     from pipeline.doctor import examine
+    from pipeline.report.tables import pairs_table, show
 
-    _print("doctor", examine(), as_json)
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show(pairs_table("doctor", found))
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(model: HubModel, as_json: Json = False) -> None:
     """What a model directory is, from its headers alone."""
     from pipeline.checkpoint.reader import Checkpoint
+    from pipeline.plan import locate
+    from pipeline.report.tables import show, summary_table
 
-    summary = Checkpoint.open(model).describe()
-    if not as_json:
+    summary = Checkpoint.open(locate(model)).describe()
+    if as_json:
+        typer.echo(json.dumps(asdict(summary), indent=2))
+    else:
         typer.echo(summary.verdict)
-    _print(str(model), summary.as_dict(), as_json)
+        show(summary_table(model, summary))
 
 
 @app.command()
@@ -101,7 +127,8 @@ def run(
     )
     report = existing_report(context.output)
     if report is None or (until or only or "validate") != "validate":
-        typer.echo(f"result: {context.output if context.output.exists() else context.work.root}")
+        place = context.work.root if context.work.begun else context.output
+        typer.echo(json.dumps({"result": str(place)}) if as_json else f"result: {place}")
         return
     _finish(report, as_json, context.output / REPORT_FILE)
 
@@ -127,11 +154,14 @@ def validate(
     json_file: Annotated[Path | None, typer.Option("--json", help="copy of the report")] = None,
 ) -> None:
     """Measure perplexity, KL divergence, top-1 agreement and speed of a model, loaded hybrid."""
+    from pipeline.checkpoint.writer import write_json
     from pipeline.stages.revalidate import revalidate
 
+    if json_file is not None and not json_file.parent.is_dir():
+        raise OutputError(f"{json_file.parent}, where the report is to go, is not a directory")
     report = revalidate(model, source, text, device_memory, _announce)
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(json_file, report)
     _finish(report, False, json_file)
 
 
@@ -140,6 +170,8 @@ def verify(model: Model, as_json: Json = False) -> None:
     """Check a finished model: checksums, index, names, shapes and packed values."""
     from pipeline.checkpoint.verify import verify_directory
 
+    if not model.is_dir():
+        raise CheckpointError(f"{model} is not a directory")
     problems = verify_directory(model)
     if as_json:
         typer.echo(json.dumps({"ok": not problems, "problems": [str(p) for p in problems]}))
@@ -180,26 +212,17 @@ def _finish(report: dict[str, Any], as_json: bool, path: Path | None) -> None:
     raise typer.Exit(0 if report["passed"] else 1)
 
 
-def _print(title: str, pairs: dict[str, Any], as_json: bool) -> None:
-    from pipeline.report.tables import pairs_table, show
-
-    if as_json:
-        typer.echo(json.dumps(pairs, indent=2))
-    else:
-        show(pairs_table(title, pairs))
-
-
 def main() -> None:
     """Entry point of the console script: user errors become one line and exit code 2."""
     # Libraries' own advice (optional kernels that are not installed) says nothing a user can use.
-    for name in ("transformers", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # transformers sets its loggers' levels anew when it is imported; this switch it leaves alone.
+    logging.disable(logging.WARNING)
     try:
         app()
     except UserError as error:
         typer.echo(f"requant: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         typer.echo("requant: stopped; the same command goes on from here", err=True)
         sys.exit(130)
 

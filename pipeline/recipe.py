@@ -16,6 +16,16 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 
 from pipeline.errors import RecipeError
 
+MESSAGES = {
+    "byte_size": "give a size such as 10GiB",
+    "model_type": "this is a section: give it keys of its own",
+    "none_required": "this key is reserved for later; leave it out",
+    "tuple_type": "give a list, such as [a, b]",
+    "too_short": "give at least one",
+    "string_too_short": "must not be empty",
+}
+"""What a person needs to read, in place of pydantic's words for the same error."""
+
 
 class Section(BaseModel):
     """Base of all recipe sections: immutable, no unknown keys, no silent type changes."""
@@ -38,7 +48,7 @@ Size = Annotated[ByteSize, BeforeValidator(_byte_size)]
 class Source(Section):
     """The checkpoint to convert."""
 
-    model: str
+    model: str = Field(min_length=1)
     """A directory, or a Hub id that is already in the local Hub cache."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); only with a Hub id."""
@@ -49,7 +59,7 @@ class Source(Section):
 class Output(Section):
     """Where the result goes."""
 
-    path: str
+    path: str = Field(min_length=1)
 
 
 class Dequantize(Section):
@@ -69,7 +79,7 @@ class Requantize(Section):
     symmetric: bool = True
     modules: tuple[str, ...] = Field(default=("experts",), min_length=1, strict=False)
     """Module classes by the names that the model's architecture gives them; checked likewise."""
-    damping: float = Field(default=0.01, gt=0, le=1, strict=False)
+    damping: float = Field(default=0.01, gt=0, le=1)
     """Added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     activation_order: bool = True
     """Solve columns by decreasing activation energy; groups stay static and g_idx trivial."""
@@ -80,19 +90,21 @@ class Requantize(Section):
 class Calibration(Section):
     """Text that the Hessians are measured on."""
 
-    sources: tuple[str, ...] = Field(default=("calibration/docs-calib.txt",), strict=False)
+    sources: tuple[str, ...] = Field(
+        default=("calibration/docs-calib.txt",), min_length=1, strict=False
+    )
     samples: int = Field(default=128, ge=1)
     sequence_length: int = Field(default=2048, ge=16)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class Thresholds(Section):
     """Bounds that turn the measurement into pass or fail; null: not judged."""
 
-    perplexity_ratio: float | None = Field(default=1.03, gt=0, strict=False)
-    kl_divergence: float | None = Field(default=None, gt=0, strict=False)
-    top1_agreement: float | None = Field(default=None, gt=0, le=1, strict=False)
-    decode_tokens_per_second: float | None = Field(default=None, gt=0, strict=False)
+    perplexity_ratio: float | None = Field(default=1.03, gt=0)
+    kl_divergence: float | None = Field(default=None, gt=0)
+    top1_agreement: float | None = Field(default=None, gt=0, le=1)
+    decode_tokens_per_second: float | None = Field(default=None, gt=0)
 
 
 class Validate(Section):
@@ -206,8 +218,10 @@ def _first_error(error: ValidationError) -> str:
         return f"unknown key {location!r}; {hint}"
     if first["type"] == "missing":
         return f"{location} is missing"
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{location}: {message[0].lower()}{message[1:]} (got {first['input']!r})"
+    message = MESSAGES.get(first["type"], str(first["msg"]).removeprefix("Value error, "))
+    given = repr(first["input"])
+    given = given if len(given) <= 60 else f"{given[:57]}..."
+    return f"{location}: {message[0].lower()}{message[1:]} (got {given})"
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.checkpoint.summary import Summary
 from pipeline.plan import Plan
 from pipeline.progress import duration, size
 
@@ -75,6 +76,23 @@ def plan_table(plan: Plan) -> Table:
         size(plan.device_bytes),
     )
     return table
+
+
+def summary_table(title: str, summary: Summary) -> Table:
+    """What `requant inspect` found."""
+    pairs: dict[str, object] = {"quant_method": summary.quant_method or "none"}
+    for name, share in summary.formats.items():
+        pairs[name] = f"{share.count:,} tensors, {share.elements:,} elements, {size(share.nbytes)}"
+    pairs |= {
+        "weights": f"{size(summary.nbytes)}, {size(summary.expert_nbytes)} of it routed experts",
+        "experts": f"{summary.experts} in each of {len(summary.layers)} layers,"
+        f" {summary.expert_layout}",
+        "router": summary.router,
+        "files": f"{summary.files}{', headers only' if summary.headers_only else ''}",
+        "oddities": "; ".join(summary.oddities) or "none",
+        "conflicts": "; ".join(summary.conflicts) or "none",
+    }
+    return pairs_table(title, pairs)
 
 
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
