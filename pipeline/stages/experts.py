@@ -119,13 +119,13 @@ class SolvedTile:
     down_loss: list[float]
 
 
-def decode_tile(job: TileSource) -> DenseTile:
+def decode_tile(job: TileSource, dtype: torch.dtype = COMPUTE_DTYPE) -> DenseTile:
     """Read and decode a tile's matrices from the source."""
     a = job.architecture
 
     def stack(projection: str) -> Tensor:
         names = [f"{a.expert_module(job.layer, e, projection)}.weight" for e in job.experts]
-        return job.checkpoint.load_stack(names, job.device, COMPUTE_DTYPE)
+        return job.checkpoint.load_stack(names, job.device, dtype)
 
     return DenseTile(torch.cat([stack(a.gate), stack(a.up)], dim=1), stack(a.down))
 

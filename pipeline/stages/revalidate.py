@@ -93,4 +93,4 @@ def _record(
         raise CheckpointError(f"{source} holds headers only; it cannot be measured against")
     architecture = architecture_of(checkpoint.config, str(source))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return record_source(checkpoint, architecture, windows, labels, device, announce)
+    return record_source(checkpoint, architecture, windows, labels, device, progress=announce)

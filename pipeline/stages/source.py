@@ -5,28 +5,32 @@ For models whose record is missing: conversions record the source on the way (re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.evaluate.reference import Reference, ReferenceBuilder
 from pipeline.evaluate.windows import Windows
 from pipeline.models import Architecture
 from pipeline.stages.experts import TileSource, add_output, decode_tile, sort_by_expert, tiles
-from pipeline.stages.stream import LayerStream, check_finite
+from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, check_finite
 
 
-def record_source(
+def stream_logits(
     checkpoint: Checkpoint,
     architecture: Architecture,
     windows: Windows,
-    labels: dict[str, str],
     device: torch.device,
+    dtype: torch.dtype = COMPUTE_DTYPE,
     progress: Callable[[str], None] = lambda _message: None,
-) -> Reference:
-    """Run windows through a checkpoint layer by layer and record its predictions."""
-    stream = LayerStream(checkpoint, architecture, device)
+) -> Iterable[tuple[int, Tensor]]:
+    """(first window, float32 logits [batch, length, vocabulary]) of a checkpoint, any format.
+
+    `dtype` float32 takes bf16's noise out, for comparing weights and nothing else.
+    """
+    stream = LayerStream(checkpoint, architecture, device, dtype)
     hidden = stream.embed(windows.token_ids)
     for layer in range(stream.geometry.layers):
         progress(f"source, layer {layer + 1} of {stream.geometry.layers}")
@@ -39,10 +43,23 @@ def record_source(
             with torch.inference_mode():
                 for experts in tiles(stream.geometry.experts):
                     tile = TileSource(checkpoint, architecture, layer, experts, device)
-                    add_output(tile, decode_tile(tile), routed, total)
+                    add_output(tile, decode_tile(tile, dtype), routed, total)
             hidden = recorded.with_experts(total)
         check_finite(hidden, f"layer {layer} of the source")
+    yield from stream.logits(hidden)
+
+
+def record_source(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    windows: Windows,
+    labels: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype = COMPUTE_DTYPE,
+    progress: Callable[[str], None] = lambda _message: None,
+) -> Reference:
+    """Run windows through a checkpoint layer by layer and record its predictions."""
     builder = ReferenceBuilder(windows, labels=labels)
-    for first, logits in stream.logits(hidden):
+    for first, logits in stream_logits(checkpoint, architecture, windows, device, dtype, progress):
         builder.add(first, logits)
     return builder.build()

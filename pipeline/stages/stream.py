@@ -66,13 +66,19 @@ class LayerStream:
     """Runs a checkpoint's model layer by layer on one device."""
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype = COMPUTE_DTYPE,
     ) -> None:
+        """`dtype`: of weights and activations; float32 where bf16's noise would hide an effect."""
+        self.dtype = dtype
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
         self.geometry = geometry_of(architecture, checkpoint.config, str(checkpoint.path))
-        self._model = build_skeleton(model_config(checkpoint.config), COMPUTE_DTYPE)
+        self._model = build_skeleton(model_config(checkpoint.config), dtype)
         self._rotary = rotary_embedding(self._model, device)
 
     def dense_names(self, layer: int) -> list[str]:
@@ -100,14 +106,14 @@ class LayerStream:
         if layer in self.geometry.moe_layers:
             parent, _, name = self.architecture.experts.rpartition(".")
             module.get_submodule(parent).register_module(name, _Recorder())
-        cast = {n.removeprefix(prefix): t.to(COMPUTE_DTYPE) for n, t in tensors.items()}
+        cast = {n.removeprefix(prefix): t.to(self.dtype) for n, t in tensors.items()}
         assign(module, cast)
         return module
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [sequences, length] -> bf16 [sequences, length, hidden] on the device."""
+        """Token ids [sequences, length] -> [sequences, length, hidden] on the device."""
         table = self.checkpoint.load(f"{self.architecture.embedding}.weight", self.device)
-        return nn.functional.embedding(tokens.to(self.device), table.to(COMPUTE_DTYPE))
+        return nn.functional.embedding(tokens.to(self.device), table.to(self.dtype))
 
     def record(self, module: nn.Module, hidden: Tensor) -> Recorded:
         """Run a stream through a layer's dense parts, a fixed token batch at a time."""
@@ -131,11 +137,11 @@ class LayerStream:
         """(first sequence, float32 logits [batch, length, vocabulary]) for a finished stream."""
         a = self.architecture
         norm = self._model.get_submodule(a.final_norm)
-        weight = self.checkpoint.load(f"{a.final_norm}.weight", self.device).to(COMPUTE_DTYPE)
+        weight = self.checkpoint.load(f"{a.final_norm}.weight", self.device).to(self.dtype)
         assign(norm, {"weight": weight})
         tied = f"{a.head}.weight" not in self.checkpoint.weights
         name = a.embedding if tied else a.head
-        head = self.checkpoint.load(f"{name}.weight", self.device).to(COMPUTE_DTYPE)
+        head = self.checkpoint.load(f"{name}.weight", self.device).to(self.dtype)
         batch = max(1, TOKENS_PER_BATCH // hidden.shape[1] // 4)
         with torch.inference_mode():
             for start in range(0, len(hidden), batch):
