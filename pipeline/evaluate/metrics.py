@@ -39,9 +39,8 @@ class Comparison:
     """A quantised model against the record of its source.
 
     kl_divergence: mean KL(source || quantised) in nats per token, a lower bound (see reference.py).
-    top1_agreement: share of positions where the source's likeliest token is the quantised model's
-    too; a tie counts as agreement, since bf16 logits tie often and the order of equals means
-    nothing.
+    top1_agreement: share of positions where a likeliest token of the source is a likeliest token of
+    the quantised model; bf16 logits often tie at the top, and the order of equals means nothing.
     """
 
     source_perplexity: float
@@ -139,7 +138,8 @@ class Comparer:
         terms = p.exp() * (p - q)
         # 0 * (log 0 - anything) is 0: padding, and a rest that is empty on both sides
         kl = torch.where(p.exp() > 0, terms, 0.0).sum()
-        agreed = (mine[:, 0] >= logprobs.amax(1)).double().sum()
+        likeliest = (source == source[:, :1]) & (mine >= logprobs.amax(1, keepdim=True))
+        agreed = likeliest.any(1).double().sum()
         return kl, agreed
 
     def _padded(

@@ -90,6 +90,19 @@ def test_a_model_equals_itself_even_with_ties():
     assert interval.low == interval.high == pytest.approx(1.0, abs=1e-6)
 
 
+def test_ties_do_not_depend_on_what_is_kept():
+    windows = _windows(300)
+    source = _logits(windows, 300).round()
+    quantized = (source + torch.randn_like(source)).round()
+    agreements = {
+        _comparison(_reference(windows, source, top_k=k), quantized).top1_agreement
+        for k in (32, 64, 128)
+    }
+    best, other = (x == x.amax(-1, keepdim=True) for x in (source, quantized))
+    want = (best & other).any(-1)[:, :-1][windows.scored[:, 1:]].double().mean().item()
+    assert len(agreements) == 1 and agreements.pop() == pytest.approx(want)
+
+
 def test_certain_predictions():
     """Probability one to float32: the rest has no mass, and nothing becomes NaN."""
     windows = _windows(50)

@@ -67,7 +67,8 @@ def test_product(*, bits, group, rows, columns, name, symmetric):
             assert got.dtype == torch.float32 and error(got, want) < 2e-6
             got = fast.multiply(index, x)
             assert got.dtype == torch.bfloat16
-            assert error(got, want) < 0.004  # one or two roundings of bfloat16
+            # one rounding of bfloat16 is at most 0.0039 of a number, and two meet in int4halves
+            assert error(got, want) < 0.006
 
 
 @pytest.mark.parametrize(("bits", "name"), [(4, "int4pack"), (8, "int4halves")])

@@ -55,7 +55,7 @@ def test_trained_model_in_bfloat16(scheme, token_ids, tmp_path):
     with torch.inference_mode():
         exact = plain_model(out, state, torch.float32)(token_ids).logits
         rounded = plain_model(out, state, torch.bfloat16)(token_ids).logits
-        got = hybrid.load(out)(token_ids).logits.cpu()
+        got = hybrid.load(out, device="cpu")(token_ids).logits
     ratio = _error(got, exact) / _error(rounded, exact)
     assert ratio < 1.5, f"{_error(got, exact):.5f} against {_error(rounded, exact):.5f}"
     first, second = exact.topk(2, dim=-1).values.unbind(-1)

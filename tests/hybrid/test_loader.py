@@ -45,7 +45,7 @@ def _ids(batch, length):
 
 def test_modules_and_placement(everything):
     before = dict(os.environ)
-    model = hybrid.load(everything, device_memory="10GiB")
+    model = hybrid.load(everything, device_memory="10GiB", device="cpu")
     assert dict(os.environ) == before
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     assert not any(t.requires_grad for t in model.parameters()) and not model.training
@@ -66,7 +66,7 @@ def test_modules_and_placement(everything):
 
 def test_generation_equals_the_dense_model(everything):
     """Greedy, batched, with a cache: token for token, since float32 leaves no noise."""
-    model = hybrid.load(everything, dtype=torch.float32)
+    model = hybrid.load(everything, dtype=torch.float32, device="cpu")
     plain = dequantised(everything, torch.float32)
     ids = _ids(3, 11)
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -78,7 +78,7 @@ def test_generation_equals_the_dense_model(everything):
 
 def test_padded_batches_score_like_single_ones(experts_only):
     """What an evaluation harness does: left-padded requests of unequal length, loss and logits."""
-    model = hybrid.load(experts_only, dtype=torch.float32)
+    model = hybrid.load(experts_only, dtype=torch.float32, device="cpu")
     long, short = _ids(1, 20), _ids(1, 13)
     padded = torch.cat([torch.zeros(1, 7, dtype=torch.int64), short], dim=1)
     ids = torch.cat([long, padded])
@@ -94,7 +94,7 @@ def test_padded_batches_score_like_single_ones(experts_only):
 
 
 def test_cached_steps_equal_one_pass(experts_only):
-    model = hybrid.load(experts_only, dtype=torch.float32)
+    model = hybrid.load(experts_only, dtype=torch.float32, device="cpu")
     ids = _ids(2, 9)
     with torch.inference_mode():
         whole = model(ids).logits
@@ -127,7 +127,7 @@ def test_generation_config_and_draft_head(damaged):
         damaged / "model.safetensors.index.json",
         lambda t: t["weight_map"].update({"mtp.fc.weight": NONEXPERT}),
     )
-    model = hybrid.load(damaged)
+    model = hybrid.load(damaged, device="cpu")
     assert model.generate(_ids(1, 4)).shape[1] <= 7
 
 

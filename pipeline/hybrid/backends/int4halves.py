@@ -1,12 +1,12 @@
-"""5 to 8 bits on the CPU as two 4-bit halves, through the same kernel as `int4pack`.
+"""8 bits on the CPU as two 4-bit halves, through the same kernel as `int4pack`.
 
 A code is 16 * high + low, so
 
     s * (code - zero) = 16 s * (high - 8) + s * (low - 8) + s * (136 - zero)
 
-is two of the kernel's products, with the constant given to the high half.  Symmetric 8-bit codes
-have zero = 128 and the constant 8 s, exact in bfloat16; for others see `GroupPairs`.  Both halves
-are centred, so the low product is small and its rounding does not show.
+is two of the kernel's products, with the constant given to the high half.  Symmetric codes
+have zero = 128 and the constant 8 s, exact in bfloat16; others are rounded, see `int4pack`.  Both
+halves are centred, so the low product is small and its rounding does not show.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.hybrid.backends import BACKENDS
-from pipeline.hybrid.backends.int4pack import GroupPairs, kernel_takes, pack_codes
+from pipeline.hybrid.backends.int4pack import kernel_pairs, kernel_takes, pack_codes
 from pipeline.quantize.tensor import QuantizedTensor, Scheme
 
 
@@ -28,21 +28,20 @@ class HalvesMatrices:
         codes, scales, zeros = (quantized.arrays[k] for k in ("codes", "scales", "zeros"))
         self._high, self._low = pack_codes(codes >> 4), pack_codes(codes & 15)
         columns = codes.shape[-1]
-        # 16 s * (high - 8) + 16 s * (136 - zero) / 16, float32 for the sixteenths and the range
-        self._coarse = GroupPairs(scales.float() * 16, (136 - zeros.float()) / 16, columns, dtype)
-        self._fine = GroupPairs(scales, torch.zeros_like(zeros), columns, dtype)
+        # in float32: 16 s leaves float16's range, and the offset counts in sixteenths of 16 s
+        coarse, offsets = scales.float() * 16, (136 - zeros.float()) / 16
+        self._group, self._coarse = kernel_pairs(coarse, offsets, columns, dtype)
+        _, self._fine = kernel_pairs(scales, torch.zeros_like(zeros), columns, dtype)
         parts = (self._high, self._low, self._coarse, self._fine)
         self.nbytes = sum(part.nbytes for part in parts)
-        self.rounded_scales = self._fine.rounded_scales
+        self.rounded_scales = bool((scales.to(dtype) != scales).any())
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         """See `Matrices.multiply`."""
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
-        high: Tensor = product(x, self._high[index], self._coarse.size, self._coarse.pairs[index])
-        low: Tensor = product(x, self._low[index], self._fine.size, self._fine.pairs[index])
-        y = high.float() + low.float()
-        correction = self._coarse.correction(index, x)
-        return (y if correction is None else y + correction).to(x.dtype)
+        high: Tensor = product(x, self._high[index], self._group, self._coarse[index])
+        low: Tensor = product(x, self._low[index], self._group, self._fine[index])
+        return high + low
 
 
 class Int4Halves:
@@ -53,7 +52,7 @@ class Int4Halves:
 
     def accepts(self, scheme: Scheme, rows: int, columns: int, device: torch.device) -> bool:
         """See `Backend.accepts`."""
-        return kernel_takes(scheme, rows, columns, device) and scheme.bits <= 8
+        return kernel_takes(scheme, rows, columns, device) and scheme.bits == 8
 
     def pack(self, quantized: QuantizedTensor, dtype: torch.dtype) -> HalvesMatrices:
         """See `Backend.pack`."""
