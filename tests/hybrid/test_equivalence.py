@@ -33,13 +33,13 @@ SCHEMES = [
 
 @pytest.fixture(scope="module")
 def token_ids():
-    """Passages of held-out text, [4, 128], other ones every time."""
+    """Passages of held-out text, [6, 192], other ones every time."""
     tokenizer = AutoTokenizer.from_pretrained(TRAINED)
     text = TEXT.read_text(encoding="utf-8")
     start = int(torch.randint(len(text) - 60_000, ()))
     tokens = torch.tensor(tokenizer(text[start : start + 60_000]).input_ids)
-    starts = torch.randint(tokens.numel() - 128, (4,)).tolist()
-    return torch.stack([tokens[s : s + 128] for s in starts])
+    starts = torch.randint(tokens.numel() - 192, (6,)).tolist()
+    return torch.stack([tokens[s : s + 192] for s in starts])
 
 
 def _error(got, want):
