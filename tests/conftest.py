@@ -1,0 +1,64 @@
+"""Fixtures of all rooms: the micro model, short random texts, one finished conversion."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "hybrid"))  # its reader of our own output
+
+from support.recipes import MICRO, Project
+
+WORDS = (
+    "the of and to in is a for it as with that this be are value list type name file table index"
+    " row column key class method function returns object string default module data error query"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    """Runs set the process's thread count; the tests after them are not to notice."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(_same_threads):
+    """For tests that call torch themselves: several threads on a busy machine are slow."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def micro() -> Path:
+    """The untrained two-layer model (DeltaNet, attention), 8 experts, NF4."""
+    return MICRO
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> dict[str, Path]:
+    """Random words for calibration and evaluation, other ones in every session."""
+    folder = tmp_path_factory.mktemp("texts")
+    paths = {}
+    for name in ("calibration", "evaluation"):
+        paths[name] = folder / f"{name}.txt"
+        paths[name].write_text(" ".join(random.choices(WORDS, k=4000)))
+    return paths
+
+
+@pytest.fixture
+def project(tmp_path, texts) -> Project:
+    """A recipe for the micro model in a directory of its own; quick, on one thread."""
+    return Project(tmp_path, texts)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, texts) -> Project:
+    """One conversion of the micro model, run to the end; not to be written to."""
+    project = Project(tmp_path_factory.mktemp("finished"), texts)
+    threads = torch.get_num_threads()
+    project.run()
+    torch.set_num_threads(threads)
+    return project

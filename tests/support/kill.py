@@ -1,0 +1,79 @@
+"""Runs of a recipe in processes of their own, killed at a chosen moment.
+
+The processes come from a fork server that has the libraries imported: a run costs no start-up.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import parse_recipe
+from pipeline.run import run
+
+CHANGES = (
+    (Path, "replace"),
+    (Path, "rename"),
+    (Path, "unlink"),
+    (Path, "mkdir"),
+    (shutil, "rmtree"),
+)
+"""All by which the package changes what the disk shows; each call is a moment to be killed at."""
+
+
+def process_context() -> multiprocessing.context.ForkServerContext:
+    """Where the processes come from; the server starts with the first one and keeps running."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.run", "bitsandbytes"])
+    return context
+
+
+def run_killed(
+    data: dict[str, Any], text: str, until: str, kill_at: int | None, fresh: bool = False
+) -> list[str] | None:
+    """Run a recipe up to a stage; SIGKILL comes right before change `kill_at` of the disk.
+
+    Returns the changes that were made, as "what path [target]", and None for a run that was killed.
+    """
+    context = process_context()
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_convert, args=(theirs, data, text, until, kill_at, fresh))
+    process.start()
+    theirs.close()
+    try:
+        changes = mine.recv()
+    except EOFError:
+        changes = None
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if changes is None else 0)
+    return changes
+
+
+def _convert(
+    answer: Connection, data: dict[str, Any], text: str, until: str, kill_at: int | None, fresh: bool
+) -> None:
+    changes: list[str] = []
+
+    def changed(function, name, path, *args, **options):
+        if len(changes) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        changes.append(" ".join([name, str(path), *map(str, args)]))
+        return function(path, *args, **options)
+
+    for owner, name in CHANGES:
+        original = getattr(owner, name)
+        # a plain function, so that it still is a method of its class
+        setattr(owner, name, _method(partial(changed, original, name)))
+    run(parse_recipe(data, "recipe.yaml"), text, until=until, quiet=True, fresh=fresh)
+    answer.send(changes)
+
+
+def _method(function):
+    def call(*args, **options):
+        return function(*args, **options)
+
+    return call
