@@ -10,7 +10,8 @@ packed_gptq.py. A reader passes if it
   - holds exactly those modules quantised that are packed on disk,
   - decodes every packed matrix to our weights, within one rounding to bfloat16, and
   - gives logits no further from the float32 yardstick than NOISE_MARGIN times the distance of the
-    same dense model computed in bfloat16 (error: Frobenius norm, relative).
+    same dense model computed in bfloat16 (error: Frobenius norm, relative); and where it can
+    compute in float32, then no further than FLOAT32_TOLERANCE.
 The rules pass if each reader's own matching code names exactly the packed modules.
 Exit code 0: all passed; 1: something failed; 2: the directory cannot be checked.
 """
@@ -37,6 +38,8 @@ NOISE_MARGIN = 1.5
 """Two bfloat16 computations in another order are about as far from float32, not exactly so."""
 WEIGHT_TOLERANCE = 2.0**-8
 """One rounding to bfloat16 (8 significant bits), relative to the matrix's largest weight."""
+FLOAT32_TOLERANCE = 1e-3
+"""For a reader that can compute in float32: sums in another order, and a router's near ties."""
 PACKAGES = ("torch", "transformers", "gptqmodel", "optimum", "defuser")
 TEXT = """A mixture of experts keeps many small networks and asks only a few of them about each
 word. The router decides which; the others rest in memory. When the weights are stored in four
@@ -116,11 +119,14 @@ def check_reader(steps: Steps, reader: str, stored: set[str]) -> bool:
     found, logits = steps.record(reader), steps.array(reader)
     yardstick, rounded = steps.array("dense-float32"), steps.array("dense-bfloat16")
     noise, away = distance(rounded, yardstick), distance(logits, yardstick)
+    exact = steps.work / f"{reader}-float32.npy"
+    away_exact = distance(np.load(exact), yardstick) if exact.exists() else 0.0
     passed = (
         set(found["packed"]) == stored
         and found["weight_error"] <= WEIGHT_TOLERANCE
         and bool(np.isfinite(logits).all())
         and away <= NOISE_MARGIN * noise
+        and away_exact <= FLOAT32_TOLERANCE
     )
     kernels = ", ".join(f"{n} {k}" for k, n in Counter(found["packed"].values()).items())
     agreed = float((logits.argmax(-1) == yardstick.argmax(-1)).mean())
@@ -130,6 +136,8 @@ def check_reader(steps: Steps, reader: str, stored: set[str]) -> bool:
     print(f"  weights              largest difference {found['weight_error']:.1e} of the largest")
     print(f"  logits to float32    error {away:.3e}; bfloat16 noise {noise:.3e}")
     print(f"  logits to bfloat16   {differing} of {logits.size} differ")
+    if exact.exists():
+        print(f"  read in float32      error {away_exact:.1e}")
     print(f"  same top token       {agreed:.1%} (the dense model in bfloat16: "
           f"{float((rounded.argmax(-1) == yardstick.argmax(-1)).mean()):.1%})")  # fmt: skip
     print(f"  loaded in            {found['seconds']:.1f} s")

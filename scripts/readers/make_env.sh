@@ -2,7 +2,7 @@
 # Makes the environment in which other readers open our output: GPTQModel, and transformers through
 # optimum + GPTQModel with defuser's unfusing of the experts. It lives apart from the package's own
 # environment because GPTQModel pins numpy and brings two dozen packages that we do not need.
-# Usage: make_env.sh [DIR]     (default .venv-readers; about a minute and 2.5 GB)
+# Usage: make_env.sh [DIR]     (default .venv-readers; one to two minutes and 1.6 GB)
 set -eu
 dir="${1:-.venv-readers}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -1,4 +1,8 @@
-"""Step: the yardstick. Plain transformers, every weight dense, in float32 and in bfloat16."""
+"""Step: the yardstick. Plain transformers, every weight dense, in float32 and in bfloat16.
+
+Experts run one after another ("eager"), as the readers' unfused blocks do it: the order in which a
+token's experts are added up is then the same, and so is the rounding of the sum.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,12 @@ del config.quantization_config
 model_class = getattr(transformers, stored.config["architectures"][0])
 for dtype in (torch.float32, torch.bfloat16):
     model, loading = model_class.from_pretrained(
-        None, config=config, state_dict=stored.state_dict(), dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=stored.state_dict(),
+        dtype=dtype,
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     absent = sorted({*loading["missing_keys"], *loading["mismatched_keys"]})
     if absent:
