@@ -51,6 +51,20 @@ def sweep_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor
     return factor, added
 
 
+def column_importance(moment: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    """What a squared error in each column costs, for the scale search: float32 [E, in].
+
+    `moment`: the damped Hessian's diagonal, [E, in]; `factor`, `order`: as in `sweep_factor`.
+
+    An error that nothing makes up for costs the column's second moment; one that all columns to
+    come make up for costs the square of the factor's diagonal.  Columns to come are bound to a grid
+    themselves, so the truth lies between; the geometric mean of both measured best.
+    """
+    pivot = factor.diagonal(dim1=1, dim2=2)
+    conditional = torch.empty_like(moment).scatter_(1, order.flip(-1), pivot.square())
+    return (moment * conditional).sqrt()
+
+
 def _reordered(hessian: Tensor, index: Tensor) -> Tensor:
     """A copy with rows and columns taken in the order of `index` [E, in]."""
     experts, columns, _ = hessian.shape

@@ -63,7 +63,12 @@ def sweep(
         scale = scales.index_select(0, group_row[pick]).view(-1, experts, rows)
         zero = zeros.index_select(0, group_row[pick]).view(-1, experts, rows)
         done = round_block(
-            working[block], target, factor, start=start, scale=scale, zero=zero, top=2**bits - 1
+            working[block],
+            target,
+            factor[:, block, block],
+            scale=scale,
+            zero=zero,
+            top=2**bits - 1,
         )
         codes.index_copy_(0, stored_row[pick], done.view(-1, rows))
         energy += target.mul_(pivot[:, block].t().unsqueeze(-1)).square_().sum(dim=(0, 2))
@@ -78,25 +83,22 @@ def _columns_first(values: Tensor) -> Tensor:
 def _round_block(
     weight: Tensor,
     target: Tensor,
-    factor: Tensor,
+    triangle: Tensor,
     *,
-    start: int,
     scale: Tensor,
     zero: Tensor,
     top: int,
 ) -> Tensor:
     """Round the columns of one block, last to first; returns codes uint8 [columns, E, out].
 
-    `weight`, `target`, `scale` and `zero` are float32 [columns, E, out]; `factor` [E, in, in] has
-    the block's triangle at `start`, its diagonal 1.  In place, `weight` becomes W - Q and `target`
-    becomes what was left of each target after rounding.
+    `weight`, `target`, `scale` and `zero` are float32 [columns, E, out]; `triangle`, float32
+    [E, columns, columns], is lower and has a diagonal of 1.  In place, `weight` becomes W - Q and
+    `target` becomes what was left of each target after rounding.
     """
-    size = weight.shape[0]
-    block = slice(start, start + size)
-    within = factor[:, block, block].permute(1, 2, 0).unsqueeze(-1).contiguous()
+    within = triangle.permute(1, 2, 0).unsqueeze(-1).contiguous()
     signed = torch.empty_like(target)
     low, high = -zero, top - zero
-    for column in range(size - 1, -1, -1):
+    for column in range(weight.shape[0] - 1, -1, -1):
         goal, code = target[column], signed[column]
         torch.div(goal, scale[column], out=code)
         torch.clamp(code.round_(), low[column], high[column], out=code)

@@ -110,15 +110,13 @@ def _fit_kernel(
 def _round_kernel(
     weight,
     target,
-    factor,
+    triangle,
     scale,
     zero,
     codes,
     size,
-    start,
     rows,
     experts,
-    columns,
     TOP: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -132,7 +130,7 @@ def _round_kernel(
     slab = expert * rows + row
     everything = (lane < size)[:, None] & inside[None, :]
     goal = tl.load(target + lane[:, None] * stride + slab[None, :], mask=everything, other=0.0)
-    triangle = factor + (expert * columns + start) * columns + start
+    triangle += expert * size * size
     for back in range(size):
         column = size - 1 - back
         place = column * stride + slab
@@ -146,7 +144,7 @@ def _round_kernel(
         tl.store(weight + place, error, mask=inside)
         tl.store(target + place, wanted - signed * s, mask=inside)
         tl.store(codes + place, (signed + z).to(tl.uint8), mask=inside)
-        pull = tl.load(triangle + column * columns + lane, mask=lane < column, other=0.0)
+        pull = tl.load(triangle + column * size + lane, mask=lane < column, other=0.0)
         goal += pull[:, None] * error[None, :]
 
 
@@ -236,9 +234,8 @@ def fit_groups(
 def round_block(
     weight: Tensor,
     target: Tensor,
-    factor: Tensor,
+    triangle: Tensor,
     *,
-    start: int,
     scale: Tensor,
     zero: Tensor,
     top: int,
@@ -249,15 +246,13 @@ def round_block(
     _round_kernel[(triton.cdiv(rows, _ROUND_ROWS), experts)](
         weight,
         target,
-        factor,
+        triangle.contiguous(),
         scale,
         zero,
         codes,
         size,
-        start,
         rows,
         experts,
-        factor.shape[-1],
         TOP=top,
         BLOCK=BLOCK_COLUMNS,
         ROWS=_ROUND_ROWS,
@@ -302,7 +297,6 @@ def self_test(device: torch.device) -> None:
         weight,
         weight.clone(),
         torch.eye(4, device=device).unsqueeze(0),
-        start=0,
         scale=one,
         zero=8 * one,
         top=15,

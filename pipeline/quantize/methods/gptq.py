@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.batch import as_batch
-from pipeline.quantize.factor import sweep_factor
+from pipeline.quantize.factor import column_importance, sweep_factor
 from pipeline.quantize.grid import fit_grid
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
@@ -40,20 +40,20 @@ class Gptq:
         experts, _, columns = matrices.shape
         backend = solver_backend(matrices.device)
         moment = moments.diagonal(dim1=1, dim2=2)
-        extra = options.damping * moment.mean(-1)
-        grid = fit_grid(
-            matrices,
-            scheme,
-            search=options.scale_search,
-            importance=moment + extra.unsqueeze(-1),
-            backend=backend,
-        )
         if options.activation_order:
             order = moment.argsort(dim=-1, descending=True, stable=True)
         else:
             order = torch.arange(columns, device=matrices.device).expand(experts, columns)
         with full_float32():
             factor, added = sweep_factor(moments, order, options.damping)
+            importance = column_importance(moment + added.unsqueeze(-1), factor, order)
+            grid = fit_grid(
+                matrices,
+                scheme,
+                search=options.scale_search,
+                importance=importance,
+                backend=backend,
+            )
             codes, lost = sweep(matrices, factor, order, grid, bits=scheme.bits, backend=backend)
             del factor
             arrays = {"codes": codes, "scales": grid.scales, "zeros": grid.zeros}

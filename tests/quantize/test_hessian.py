@@ -1,0 +1,73 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from problems import fresh, inputs
+
+import pipeline.quantize.hessian as hessian_module
+from pipeline.quantize.hessian import routed_hessians, shrink
+
+COUNTS = (0, 5, 300, 1, 700, 0, 64, 256, 257, 0, 30)
+
+
+def routed(columns, dtype=torch.float32):
+    x = inputs(fresh(), 1, sum(COUNTS), columns)[0].to(dtype)
+    offsets = torch.tensor([0, *COUNTS]).cumsum(0)
+    return x, offsets
+
+
+def expected(x, offsets, weights=None):
+    weights = torch.ones(len(x)) if weights is None else weights
+    rows = [slice(a, b) for a, b in pairwise(offsets.tolist())]
+    return torch.stack([x[r].double().T @ (weights[r, None] * x[r].double()) for r in rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_each_experts_tokens(dtype):
+    x, offsets = routed(96, dtype)
+    sums = routed_hessians(x, offsets)
+    assert sums.dtype == torch.float32
+    assert torch.allclose(sums.double(), expected(x, offsets), rtol=1e-5, atol=1e-4)
+    assert bool((sums[0] == 0).all())
+
+
+def test_batches_of_tokens_and_weights_add_up():
+    x, offsets = routed(48)
+    weights = torch.rand(len(x), generator=fresh()) + 0.1
+    total = torch.zeros((len(COUNTS), 48, 48))
+    for _ in range(2):
+        assert routed_hessians(x, offsets, weights=weights, out=total) is total
+    right = 2 * expected(x, offsets, weights)
+    assert torch.allclose(total.double(), right, rtol=1e-4, atol=1e-3)
+
+
+def test_an_expert_does_not_depend_on_its_neighbours():
+    x, offsets = routed(80, torch.bfloat16)
+    whole = routed_hessians(x, offsets)
+    for first, last in ((0, 1), (2, 3), (4, 11), (1, 8)):
+        part = routed_hessians(x, offsets[first : last + 1])
+        assert torch.equal(part, whole[first:last])
+
+
+def test_tile_constants_are_whole_numbers_for_the_fingerprint():
+    assert hessian_module.HESSIAN_TOKENS > 0
+    assert hessian_module.HESSIAN_EXPERTS > 0
+
+
+def test_shrink_draws_starved_experts_to_the_common_mean():
+    x, offsets = routed(32)
+    sums, counts = routed_hessians(x, offsets), offsets.diff()
+    common = x.T @ x / len(x)
+    mean = shrink(sums, counts, common, strength=64.0)
+    assert torch.allclose(mean[0], common)
+    assert torch.allclose(mean[6], (sums[6] / 64 + common) / 2, rtol=1e-5)  # 64 tokens: half own
+    assert torch.allclose(mean[4], (sums[4] + 64 * common) / 764, rtol=1e-5)
+    assert int(torch.linalg.cholesky_ex(mean).info.max()) == 0
+    own = common.expand(len(COUNTS), -1, -1) * torch.arange(1, 12).view(-1, 1, 1)
+    assert torch.allclose(shrink(sums, counts, own, strength=64.0)[5], 6 * common)
+
+
+def test_shrink_needs_something_for_an_expert_without_tokens():
+    x, offsets = routed(16)
+    with pytest.raises(ValueError, match="strength"):
+        shrink(routed_hessians(x, offsets), offsets.diff(), torch.eye(16), strength=0.0)
