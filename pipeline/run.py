@@ -21,8 +21,8 @@ from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
 from pipeline.stages.experts import TILE_EXPERTS
 from pipeline.stages.order import BUILDING, STAGES
-from pipeline.stages.requantize import streams_file
 from pipeline.stages.stream import TOKENS_PER_BATCH
+from pipeline.stages.units import streams_file
 from pipeline.workdir import CONVERSION, difference
 
 

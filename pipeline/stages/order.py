@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.stages import dequantize, requantize, shard, validate
+from pipeline.stages import dequantize, requantize, shard, units, validate
 from pipeline.stages.context import JobLister, StageFactory
 
 BUILDING = ("dequantize", "requantize", "shard")
@@ -21,7 +21,7 @@ class StageEntry:
 
 STAGES: dict[str, StageEntry] = {
     "dequantize": StageEntry(dequantize.jobs, dequantize.Dequantize),
-    "requantize": StageEntry(requantize.jobs, requantize.Requantize),
+    "requantize": StageEntry(units.jobs, requantize.Requantize),
     "shard": StageEntry(shard.jobs, shard.Shard),
     "validate": StageEntry(validate.jobs, validate.Validation),
 }

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import (
     DOWN_SAMPLE_TOKENS,
-    TILE_EXPERTS,
     Routed,
     SolvedTile,
     TileJob,
@@ -47,155 +46,17 @@ from pipeline.stages.experts import (
 from pipeline.stages.formats import output_format
 from pipeline.stages.stream import (
     COMPUTE_DTYPE,
-    TOKENS_PER_BATCH,
     LayerStream,
     Recorded,
     check_finite,
 )
-from pipeline.stages.texts import planned_windows
-
-REFERENCE_FILE = "validation_reference.safetensors"
-
-
-def dense_file(layer: int | None) -> str:
-    """Intermediate name of a layer's other tensors; None: those outside all layers."""
-    return f".work/dense-{'outer' if layer is None else f'{layer:03d}'}.safetensors"
-
-
-def streams_file(layer: int) -> str:
-    """Intermediate name of both streams as they leave a layer."""
-    return f".work/streams-{layer:03d}.safetensors"
-
-
-def layer_unit(layer: int) -> str:
-    """Name of a layer's unit."""
-    return f"requantize-layer-{layer:03d}"
-
-
-REFERENCE_UNIT = "requantize-reference"
-
-
-def jobs(context: Context) -> list[Job]:
-    """One unit a layer, and one for the reference and the tensors outside all layers."""
-    recipe, geometry = context.recipe, context.geometry
-    calibration = recipe.calibration.samples * recipe.calibration.sequence_length
-    evaluation = planned_windows(recipe) * recipe.validate_.window
-    streams = 2 * (calibration + evaluation) * geometry.hidden
-    by_layer, outer = _source_bytes(context)
-    on_device = _stream_bytes(context, calibration, evaluation) + _tile_bytes(context, calibration)
-    listed = []
-    for layer in range(geometry.layers):
-        sparse = layer in geometry.moe_layers
-        experts = _packed_expert_bytes(context) * geometry.experts if sparse else 0
-        dense_elements = by_layer[layer].dense_elements
-        active = dense_elements
-        active += geometry.top_k * 3 * geometry.hidden * geometry.inner if sparse else 0
-        flops = 2.0 * active * (2 * calibration + evaluation)
-        if sparse:
-            flops += _solve_flops(context, calibration)
-        # Two layers' packed experts: the one being written and the one being solved.
-        host = 2 * experts + (on_device if context.device.type == "cpu" else streams)
-        listed.append(
-            Job(
-                stage="requantize",
-                unit=layer_unit(layer),
-                inputs=tuple(sorted(by_layer[layer].files)),
-                outputs=(dense_file(layer), *([experts_file(layer)] if sparse else [])),
-                bytes_read=by_layer[layer].nbytes,
-                bytes_written=experts + 2 * dense_elements,
-                bytes_scratch=2 * streams,  # the layer before's are deleted last
-                flops=flops,
-                host_bytes=host,
-                device_bytes=0 if context.device.type == "cpu" else on_device,
-                layer=layer,
-            )
-        )
-    logits = 8 * max(TOKENS_PER_BATCH // 4, recipe.validate_.window) * geometry.vocabulary
-    listed.append(
-        Job(
-            stage="requantize",
-            unit=REFERENCE_UNIT,
-            inputs=tuple(sorted(outer.files)),
-            outputs=(dense_file(None), REFERENCE_FILE),
-            bytes_read=outer.nbytes,
-            bytes_written=2 * outer.dense_elements + 150 * evaluation,
-            flops=2.0 * evaluation * geometry.hidden * geometry.vocabulary,
-            host_bytes=4 * outer.dense_elements + streams + logits,
-        )
-    )
-    return listed
-
-
-@dataclass
-class _Bytes:
-    """What the source holds for one layer, or outside all layers."""
-
-    nbytes: int = 0
-    dense_elements: int = 0
-    """Elements outside the routed experts; kept in bf16 unless the recipe says otherwise."""
-    files: set[str] = field(default_factory=set)
-
-
-def _source_bytes(context: Context) -> tuple[list[_Bytes], _Bytes]:
-    architecture = context.architecture
-    layers = [_Bytes() for _ in range(context.geometry.layers)]
-    outer = _Bytes()
-    owners = {architecture.layer_prefix(i): (layers[i], i) for i in range(len(layers))}
-    depth = architecture.layer.count(".") + 1
-    for name, weight in context.checkpoint.weights.items():
-        prefix = ".".join(name.split(".")[:depth]) + "."
-        owner = owners[prefix][0] if prefix in owners else outer
-        owner.nbytes += weight.nbytes
-        owner.files |= {part.file for part in weight.parts.values()}
-        if not name.startswith(f"{prefix}{architecture.experts}."):
-            owner.dense_elements += weight.elements
-    return layers, outer
-
-
-def _packed_expert_bytes(context: Context) -> int:
-    """Stored bytes of one quantised expert: codes, scales, zeros and g_idx of three matrices."""
-    recipe, geometry = context.recipe.requantize, context.geometry
-    total = 0
-    shapes = [(geometry.inner, geometry.hidden)] * 2 + [(geometry.hidden, geometry.inner)]
-    for rows, columns in shapes:
-        groups = 1 if recipe.group_size == -1 else columns // recipe.group_size
-        total += rows * columns * recipe.bits // 8 + rows * groups * (16 + recipe.bits) // 8
-        total += 4 * columns
-    return total
-
-
-def _stream_bytes(context: Context, calibration: int, evaluation: int) -> int:
-    """Both streams in and out of a layer (bf16), expert inputs (bf16), routed sums (float32), and
-    as much again as one of the sums for what is made on the way."""
-    per_token = context.geometry.hidden * (2 + 2 + 2 + 4 + 4)
-    pairs = (calibration + evaluation) * context.geometry.top_k * 28
-    return (calibration + evaluation) * per_token + pairs
-
-
-def _tile_bytes(context: Context, calibration: int) -> int:
-    """Largest moment of a tile: gate and up in float32 with their Hessians and factors.
-
-    Measured at hidden 2048, inner 512: the solver's part is 7 times experts * hidden^2 floats.
-    """
-    g = context.geometry
-    experts = min(TILE_EXPERTS, g.experts)
-    # Tiles are not equally popular; twice the mean has not been seen.
-    pairs = min(2 * calibration * g.top_k * experts // g.experts, calibration * g.top_k)
-    weights = experts * 3 * g.inner * g.hidden * 2
-    solver = experts * (4 * 2 * g.inner * g.hidden * 4 + 5 * 4 * g.hidden**2)
-    return 2 * weights + solver + 2 * pairs * (g.hidden + 3 * g.inner)
-
-
-def _solve_flops(context: Context, calibration: int) -> float:
-    """Hessians, factorisations and column updates of a layer's experts."""
-    if not QUANTIZERS[context.recipe.requantize.method].needs_hessian:
-        return 0.0
-    g = context.geometry
-    pairs = calibration * g.top_k
-    hessians = 2.0 * pairs * (g.hidden**2 + g.inner**2)
-    factors = g.experts * 2.0 * (g.hidden**3 + g.inner**3)
-    updates = g.experts * 2.0 * (2 * g.inner * g.hidden**2 + g.hidden * g.inner**2)
-    return hessians + factors + updates
+from pipeline.stages.units import (
+    REFERENCE_FILE,
+    REFERENCE_UNIT,
+    dense_file,
+    layer_unit,
+    streams_file,
+)
 
 
 @dataclass

@@ -18,8 +18,8 @@ from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.windows import Windows, sliding_windows
 from pipeline.models.skeleton import architecture_of
 from pipeline.recipe import Thresholds, Validate
-from pipeline.stages.requantize import REFERENCE_FILE
 from pipeline.stages.source import record_source
+from pipeline.stages.units import REFERENCE_FILE
 from pipeline.stages.validate import REPORT_FILE, existing_report, validate_model
 from pipeline.workdir import CONVERSION
 

@@ -33,13 +33,13 @@ from pipeline.report.build import with_digest
 from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT
 from pipeline.stages.formats import module_rules, output_format
-from pipeline.stages.requantize import (
+from pipeline.stages.side_files import copy_side_files
+from pipeline.stages.units import (
     REFERENCE_FILE,
     REFERENCE_UNIT,
     dense_file,
     layer_unit,
 )
-from pipeline.stages.side_files import copy_side_files
 from pipeline.workdir import CONVERSION, WorkDirectory
 
 UNIT = "shard"

@@ -24,8 +24,8 @@ from pipeline.progress import size
 from pipeline.report.build import expert_figures, judge, measured, with_digest
 from pipeline.stages.context import Context, Job
 from pipeline.stages.formats import module_rules
-from pipeline.stages.requantize import REFERENCE_FILE
 from pipeline.stages.texts import planned_windows
+from pipeline.stages.units import REFERENCE_FILE
 from pipeline.workdir import CONVERSION
 
 UNIT = "validate"

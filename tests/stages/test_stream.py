@@ -15,9 +15,9 @@ from pipeline.errors import NumericalError
 from pipeline.evaluate.windows import Windows
 from pipeline.models import ARCHITECTURES
 from pipeline.stages import experts, requantize, stream
-from pipeline.stages.requantize import layer_unit, streams_file
 from pipeline.stages.source import stream_logits
 from pipeline.stages.texts import prepare_texts
+from pipeline.stages.units import layer_unit, streams_file
 
 QWEN = ARCHITECTURES["qwen3_next"]
 
