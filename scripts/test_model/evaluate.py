@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, help="folder of TEXT.bin.kn")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load(args.model, getattr(torch, args.dtype))
