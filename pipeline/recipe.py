@@ -208,8 +208,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _first_error(error: ValidationError) -> str:
-    """The first thing wrong, in one line, with the nearest known key for an unknown one."""
-    first = error.errors()[0]
+    """The first thing wrong, in one line, with the nearest known key for an unknown one.
+
+    An unknown key comes before a missing one, since it may be the missing one misspelt.
+    """
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] in {"extra_forbidden", "invalid_key"}), errors[0])
     location = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])
