@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.errors import NumericalError
 from pipeline.models import Architecture
 from pipeline.quantize.hessian import routed_hessians, shrink
 from pipeline.quantize.options import SolverOptions
-from pipeline.quantize.solved import Quantizer
+from pipeline.quantize.solved import Quantizer, Solved
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.stages.stream import COMPUTE_DTYPE, Recorded
 
@@ -167,7 +168,7 @@ def solve_tile(
     hessian = None
     if job.quantizer.needs_hessian:
         hessian = shrink(routed_hessians(inputs, offsets_tensor), counts, common, GATE_UP_STRENGTH)
-    solved = job.quantizer.quantize(tile.gate_up.float(), hessian, job.scheme, job.options)
+    solved = _quantize(job, "gate and up", tile.gate_up, hessian)
     gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
     del hessian
 
@@ -190,7 +191,7 @@ def solve_tile(
         down_hessian = shrink(
             routed_hessians(down_inputs, offsets_tensor), counts, substitute, DOWN_STRENGTH
         )
-    solved_down = job.quantizer.quantize(tile.down.float(), down_hessian, job.scheme, job.options)
+    solved_down = _quantize(job, "down", tile.down, down_hessian)
 
     return SolvedTile(
         gate=solved.quantized.rows(0, inner),
@@ -200,6 +201,16 @@ def solve_tile(
         gate_up_loss=solved.loss.tolist(),
         down_loss=solved_down.loss.tolist(),
     )
+
+
+def _quantize(job: TileJob, what: str, weight: Tensor, hessian: Tensor | None) -> Solved:
+    """Solve a tile's matrices; the quantiser knows their numbers only, errors here say whose."""
+    try:
+        return job.quantizer.quantize(weight.float(), hessian, job.scheme, job.options)
+    except NumericalError as error:
+        first, last = job.experts.start, job.experts.stop - 1
+        where = f"layer {job.layer}, {what} of experts {first} to {last}"
+        raise NumericalError(f"{where}: {error}") from None
 
 
 def _inner(job: TileSource, hidden: Tensor, gate_up: Tensor) -> Tensor:

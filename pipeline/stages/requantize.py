@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint.split import experts_file
 from pipeline.checkpoint.writer import FileRecord, write_safetensors
+from pipeline.errors import NumericalError
 from pipeline.evaluate.reference import ReferenceBuilder
 from pipeline.evaluate.windows import Windows
 from pipeline.models.architecture import ModuleGroup
@@ -186,10 +187,12 @@ class Requantize:
             for name in group.modules:
                 linear = module.get_submodule(name)
                 assert isinstance(linear.weight, Tensor)
-                solved = self._quantizer.quantize(
-                    linear.weight.float().unsqueeze(0), hessian, self._scheme, self._options
-                )
                 full = f"{architecture.layer_prefix(layer)}{name}"
+                weight = linear.weight.float().unsqueeze(0)
+                try:
+                    solved = self._quantizer.quantize(weight, hessian, self._scheme, self._options)
+                except NumericalError as error:
+                    raise NumericalError(f"{full}: {error}") from None
                 packed[full] = {
                     part: stack[0].cpu() for part, stack in self._pack(solved.quantized).items()
                 }
