@@ -1,7 +1,9 @@
 """Fixtures of all rooms: the micro model, short random texts, one finished conversion."""
 
+import logging
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent / "hybrid"))  # its reader of our o
 
 from support.recipes import MICRO, Project
 
-WORDS = (
-    "the of and to in is a for it as with that this be are value list type name file table index"
-    " row column key class method function returns object string default module data error query"
-).split()
+from pipeline.cli import main
+
+WORDS = """the of and to in is a for it as with that this be are value list type name file table
+index row column key class method function returns object string default module data error query"""
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def texts(tmp_path_factory) -> dict[str, Path]:
     paths = {}
     for name in ("calibration", "evaluation"):
         paths[name] = folder / f"{name}.txt"
-        paths[name].write_text(" ".join(random.choices(WORDS, k=4000)))
+        paths[name].write_text(" ".join(random.choices(WORDS.split(), k=4000)))
     return paths
 
 
@@ -62,3 +64,32 @@ def finished(tmp_path_factory, texts) -> Project:
     project.run()
     torch.set_num_threads(threads)
     return project
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command line said."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """`requant ARGUMENTS` in this process, from its real entry point."""
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["requant", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = 0 if stop.code is None else stop.code
+        finally:
+            logging.disable(logging.NOTSET)
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return call

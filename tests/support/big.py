@@ -100,9 +100,7 @@ class _File:
         self.add(f"{weight}.nested_absmax", "F32", (nested,), 4 * nested)
         self.add(f"{weight}.nested_quant_map", "F32", (256,), 1024)
         self.add(f"{weight}.quant_map", "F32", (16,), 64)
-        self.add(
-            f"{weight}.quant_state.bitsandbytes__nf4", "U8", (STATE_BYTES,), STATE_BYTES
-        )
+        self.add(f"{weight}.quant_state.bitsandbytes__nf4", "U8", (STATE_BYTES,), STATE_BYTES)
 
     def plain(self, name: str, shape: tuple[int, ...]) -> None:
         elements = 1

@@ -54,7 +54,12 @@ def run_killed(
 
 
 def _convert(
-    answer: Connection, data: dict[str, Any], text: str, until: str, kill_at: int | None, fresh: bool
+    answer: Connection,
+    data: dict[str, Any],
+    text: str,
+    until: str,
+    kill_at: int | None,
+    fresh: bool,
 ) -> None:
     changes: list[str] = []
 
