@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from pipeline.errors import CheckpointError, UserError
 from pipeline.hybrid.loader import load
 
-
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
