@@ -11,6 +11,8 @@ from pipeline.evaluate.metrics import Comparer, compare, paired_bootstrap
 from pipeline.evaluate.reference import Reference, ReferenceBuilder
 from pipeline.evaluate.windows import sliding_windows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH, STRIDE = 48, 20
 
 

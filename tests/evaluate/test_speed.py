@@ -1,9 +1,12 @@
 import time
 
+import pytest
 import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from pipeline.evaluate.speed import measure, peak_device_bytes, peak_host_bytes, timed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = Qwen3NextConfig(
     vocab_size=64,

@@ -6,6 +6,8 @@ import torch
 from pipeline.hybrid.backends import BACKENDS, choose
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 
 

@@ -23,6 +23,8 @@ from transformers import AutoTokenizer
 from pipeline import hybrid
 from pipeline.quantize.tensor import AffineScheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAINED = MODELS / "qwen3-next-tiny-nf4"
 TEXT = MODELS.parents[1] / "calibration" / "docs-eval.txt"
 SCHEMES = [

@@ -10,6 +10,8 @@ from pipeline.errors import CheckpointError, UserError
 from pipeline.hybrid.generate import stream_text
 from pipeline.quantize.tensor import AffineScheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAINED = MODELS / "qwen3-next-tiny-nf4"
 PROMPT = "The function returns a list of"
 

@@ -15,6 +15,8 @@ from pipeline.errors import CheckpointError, NumericalError, ResourceError, User
 from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
 from pipeline.quantize.tensor import AffineScheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MICRO = MODELS / "micro-nf4"
 NONEXPERT = "model-nonexpert-00001-of-00001.safetensors"
 LAYER = "model-experts-layer-001.safetensors"

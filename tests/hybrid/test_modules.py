@@ -5,6 +5,8 @@ from test_backends import CPU, random_quantized
 from pipeline.hybrid.backends import choose
 from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDDEN, INNER, EXPERTS = 64, 32, 6
 
 
