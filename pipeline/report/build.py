@@ -59,7 +59,8 @@ def judge(report: Mapping[str, Any], thresholds: Mapping[str, float | None]) -> 
         if bound is None:
             continue
         value = report[name]
-        if value > bound if name in upper else value < bound:
+        passes = value <= bound if name in upper else value >= bound  # false for NaN
+        if not passes:
             side = "above" if name in upper else "below"
             failures.append(f"{name} {value:.4g} is {side} {bound:g}")
     return failures

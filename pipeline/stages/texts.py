@@ -49,8 +49,8 @@ def planned_windows(recipe: Recipe) -> int:
     if validate.max_windows is not None:
         return validate.max_windows
     text = Path(validate.text)
-    # Tokens of running text are 3 bytes and more.
-    return (text.stat().st_size // 3 // validate.stride if text.is_file() else 0) + 1
+    # Tokens of running text are 2 bytes and more, 4 where the vocabulary is large.
+    return (text.stat().st_size // 2 // validate.stride if text.is_file() else 0) + 1
 
 
 def prepare_texts(recipe: Recipe, model: Path, vocabulary: int) -> Texts:
