@@ -1,0 +1,71 @@
+"""Figures, verdicts and tables."""
+
+import json
+import random
+
+import pytest
+
+from pipeline.report.build import expert_figures, judge, with_digest
+from pipeline.report.tables import result_table, show
+
+FIGURES = {
+    "perplexity_ratio": 1.02,
+    "kl_divergence": 0.03,
+    "top1_agreement": 0.93,
+    "decode_tokens_per_second": 11.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "failures"),
+    [
+        ({}, []),
+        ({"perplexity_ratio": None, "kl_divergence": None}, []),
+        ({"perplexity_ratio": 1.02, "top1_agreement": 0.93}, []),  # the bound itself passes
+        ({"perplexity_ratio": 1.01}, ["perplexity_ratio 1.02 is above 1.01"]),
+        ({"kl_divergence": 0.02}, ["kl_divergence 0.03 is above 0.02"]),
+        ({"top1_agreement": 0.95}, ["top1_agreement 0.93 is below 0.95"]),
+        ({"decode_tokens_per_second": 12}, ["decode_tokens_per_second 11 is below 12"]),
+    ],
+)
+def test_verdicts(bounds, failures):
+    assert judge(FIGURES, bounds) == failures
+
+
+def test_not_a_number_never_passes():
+    for name in FIGURES:
+        assert judge({**FIGURES, name: float("nan")}, {name: 1.0})
+
+
+def test_experts():
+    counts = [[random.randint(0, 50) for _ in range(4)] for _ in range(3)]
+    layers = [{"layer": i, "tokens": tokens} for i, tokens in enumerate(counts)]
+    flat = sorted(n for tokens in counts for n in tokens)
+    found = expert_figures({"method": "gptq", "layers": [*layers, {"layer": 3}]})
+    assert found == {
+        "count": 4,
+        "fallback": 0,
+        "tokens_min": flat[0],
+        "tokens_median": (flat[5] + flat[6]) / 2,
+        "without_tokens": flat.count(0),
+    }
+    assert expert_figures({"method": "rtn", "layers": layers})["fallback"] == 36
+    assert expert_figures({}) == expert_figures({"layers": []}) == {}
+
+
+def test_digest_notices_any_change():
+    report = with_digest({"b": [1, {"c": 2.5}], "a": "\u00fc"})
+    assert with_digest(report) == report
+    assert with_digest(json.loads(json.dumps(report))) == report
+    assert with_digest({**report, "a": "u"})["digest"] != report["digest"]
+
+
+def test_table_of_a_failed_result(finished, capsys):
+    report = finished.report() | {"passed": False, "failures": ["kl_divergence 2 is above 1"]}
+    show(result_table(report))
+    out = capsys.readouterr().out
+    assert "FAILED: kl_divergence 2 is above 1" in out
+    assert f"{report['source']['perplexity']:.4f}" in out and "tokens per expert" in out
+    report["experts"] = {}  # a model that others made
+    show(result_table(report))
+    assert "tokens per expert" not in capsys.readouterr().out

@@ -1,0 +1,276 @@
+"""Every verb as a user calls it, on the micro model."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.damage import header_end
+
+from pipeline import __version__
+from pipeline.stages import validate
+
+REPORT = {
+    ("source", "perplexity"): float,
+    ("quantized", "perplexity"): float,
+    ("perplexity_ratio",): float,
+    ("perplexity_ratio_interval",): list,
+    ("kl_divergence",): float,
+    ("top1_agreement",): float,
+    ("scored_tokens",): int,
+    ("decode_tokens_per_second",): float,
+    ("prefill_tokens_per_second",): float,
+    ("load_seconds",): float,
+    ("peak_host_bytes",): int,
+    ("peak_device_bytes",): int,
+    ("placement",): dict,
+    ("experts", "count"): int,
+    ("experts", "fallback"): int,
+    ("experts", "tokens_min"): int,
+    ("experts", "tokens_median"): (int, float),
+    ("stages", "dequantize", "seconds"): float,
+    ("stages", "requantize", "seconds"): float,
+    ("stages", "shard", "seconds"): float,
+    ("stages", "validate", "seconds"): float,
+    ("passed",): bool,
+    ("failures",): list,
+}
+"""Keys that others rely on, and what they hold."""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, one_thread):
+    """Speed is measured on fewer tokens: these tests read reports, they do not judge them."""
+    monkeypatch.setattr(validate, "DECODE_TOKENS", 8)
+
+
+@pytest.fixture
+def output(finished, tmp_path):
+    """A finished model that may be written to."""
+    return shutil.copytree(finished.output, tmp_path / "model")
+
+
+def test_version_and_help(cli):
+    assert cli("--version").out == f"requant {__version__}\n"
+    answer = cli("--help")
+    assert answer.code == 0
+    for verb in ("doctor", "inspect", "plan", "run", "shard", "validate", "verify", "generate"):
+        assert f"  {verb} " in answer.out
+        assert cli(verb, "--help").code == 0
+
+
+@pytest.mark.parametrize("arguments", [("frobnicate",), ("run",), ("plan", "x", "--nonsense")])
+def test_usage_errors(cli, arguments):
+    answer = cli(*arguments)
+    assert answer.code == 2 and "Usage:" in answer.err and "Traceback" not in answer.err
+
+
+def test_as_a_module():
+    """`python -m pipeline`, and that asking for help or the version imports no torch."""
+    code = "import sys; sys.argv[1:] = ['--version']; import runpy\n"
+    code += "try: runpy.run_module('pipeline', run_name='__main__')\n"
+    code += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"requant {__version__}", "0 False"]
+
+
+def test_doctor(cli):
+    table = cli("doctor")
+    found = json.loads(cli("doctor", "--json").out)
+    assert found["requant"] == __version__ and found["torch"]
+    for name in ("GPU", "host memory", "disk here", "CPU", "torch int4 on CPU"):
+        assert found[name] and name in table.out
+
+
+def test_inspect(cli, micro, finished):
+    answer = cli("inspect", micro)
+    assert answer.code == 0
+    verdict = "qwen3_next: 2 layers of 8 experts stored one by one as nf4 double"
+    assert answer.out.startswith(verdict)
+    found = json.loads(cli("inspect", micro, "--json").out)
+    assert found["formats"]["nf4 double"]["count"] == 65 and found["experts"] == 8
+    assert "gptq" in cli("inspect", finished.output).out.splitlines()[0]
+    for model in ("/nowhere", "no-such-model", "nobody/nothing", micro / "config.json"):
+        answer = cli("inspect", model)
+        assert answer.code == 2 and len(answer.err.splitlines()) == 1 and str(model) in answer.err
+
+
+def test_run(project, cli):
+    answer = cli("run", project.write(), "--set", "validate.max_windows=2")
+    assert answer.code == 0, answer.err
+    for words in ("quantised perplexity", "KL divergence", "top-1 agreement", "decode, tokens/s"):
+        assert words in answer.out
+    assert answer.out.splitlines()[-1] == f"report: {project.output}/report.json"
+    lines = answer.err.splitlines()
+    assert [line.split("] ")[1] for line in lines] == [
+        "dequantize: check",
+        "requantize: layer 1 of 2 (linear attention)",
+        "requantize: layer 2 of 2 (full attention)",
+        "requantize: reference",
+        "shard",
+        "validate",
+    ]
+    again = cli("run", project.write(), "--set", "validate.max_windows=2", "--json")
+    assert again.code == 0
+    assert json.loads(again.out) == project.report()
+    assert again.err.splitlines()[0] == f"{project.output} is in place and up to date"
+
+
+def test_run_part_of_the_way(project, cli):
+    answer = cli("run", project.write(), "--until", "requantize")
+    assert (answer.code, answer.out) == (0, f"result: {project.partial}\n")
+    answer = cli("run", project.write(), "--only", "shard", "--json")
+    assert (answer.code, json.loads(answer.out)) == (0, {"result": str(project.output)})
+    answer = cli("run", project.write(), "--until", "quantise")
+    assert answer.code == 2 and "stages are: dequantize, requantize, shard, validate" in answer.err
+
+
+def test_thresholds_decide_the_exit_code(output, project, cli):
+    shutil.copytree(output, project.output)
+    answer = cli("run", project.write(), "--set", "validate.thresholds.perplexity_ratio=0.9")
+    assert answer.code == 1
+    assert "FAILED: perplexity_ratio" in answer.out and "is above 0.9" in answer.out
+    assert cli("run", project.write()).code == 0
+    answer = cli("run", project.write(), "--set", "validate.thresholds.top1_agreement=1")
+    assert answer.code == 1 and "top1_agreement" in answer.out
+    assert not project.report()["passed"]
+    # what was asked for stays with the model
+    assert cli("validate", project.output).code == 1
+
+
+def test_report_keys(finished):
+    report = finished.report()
+    for path, kind in REPORT.items():
+        value = report
+        for key in path:
+            value = value[key]
+        assert isinstance(value, kind), path
+    low, high = report["perplexity_ratio_interval"]
+    assert low <= report["perplexity_ratio"] <= high
+    ratio = report["quantized"]["perplexity"] / report["source"]["perplexity"]
+    assert report["perplexity_ratio"] == pytest.approx(ratio)
+    assert 0 <= report["kl_divergence"] < 1 and 0 < report["top1_agreement"] <= 1
+    assert report["experts"]["count"] == 8 and report["experts"]["fallback"] == 0
+    assert report["passed"] and report["failures"] == []
+    assert report["text"]["text"] == "evaluation.txt"
+
+
+def test_validate(output, cli, tmp_path):
+    file = tmp_path / "copy.json"
+    before = json.loads((output / "report.json").read_text())
+    answer = cli("validate", output, "--device-memory", "1GiB", "--json", file)
+    assert answer.code == 0, answer.err
+    report = json.loads(file.read_text())
+    assert report == json.loads((output / "report.json").read_text())
+    for key in ("source", "quantized", "kl_divergence"):
+        assert report[key] == before[key]
+    assert report["placement"]["device_memory_limit"] == 1 << 30
+    assert cli("verify", output).code == 0  # a new report breaks no seal
+
+
+def test_validate_against_the_source(output, micro, texts, cli, tmp_path):
+    """The same windows give the figures of the record; a text of one's own gives others."""
+    before = (output / "report.json").read_text()
+    file = tmp_path / "copy.json"
+    answer = cli("validate", output, "--source", micro, "--json", file)
+    assert answer.code == 0, answer.err
+    report, known = json.loads(file.read_text()), json.loads(before)
+    assert report["source"]["perplexity"] == pytest.approx(known["source"]["perplexity"], rel=0.02)
+    assert report["scored_tokens"] == known["scored_tokens"]
+    assert (output / "report.json").read_text() == before  # that one is about its own text
+    (output / "validation_reference.safetensors").unlink()
+    answer = cli("validate", output)
+    assert answer.code == 2 and "give the source it was made from with --source" in answer.err
+    answer = cli(
+        "validate", output, "--source", micro, "--text", texts["calibration"], "--json", file
+    )
+    assert answer.code == 0, answer.err
+    assert json.loads(file.read_text())["text"]["text"] == "calibration.txt"
+
+
+def test_validate_refuses(output, micro, cli, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    cases = {
+        ("/nowhere",): "/nowhere is not a directory",
+        (output, "--text", short): "--text goes with --source",
+        (output, "--source", micro, "--text", short): "short.txt has",
+        (output, "--source", "/nowhere"): "/nowhere",
+        (output, "--device-memory", "much"): "'much' is not a size",
+        (output, "--device-memory", "1KiB"): "weights outside the experts need",
+        (output, "--json", tmp_path / "no" / "file.json"): "is not a directory",
+    }
+    for arguments, said in cases.items():
+        answer = cli("validate", *arguments)
+        assert answer.code == 2 and said in answer.err, (arguments, answer)
+        assert len(answer.err.splitlines()) <= 2
+
+
+def test_verify(output, cli):
+    answer = cli("verify", output)
+    assert (answer.code, answer.out) == (0, f"{output}: ok\n")
+    assert json.loads(cli("verify", output, "--json").out) == {"ok": True, "problems": []}
+    file = output / "model-experts-layer-001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[header_end(data) + 1000] ^= 1
+    file.write_bytes(data)
+    answer = cli("verify", output)
+    assert answer.code == 1 and f"{file.name}: its SHA-256 is not" in answer.out
+    answer = cli("verify", output, "--json")
+    found = json.loads(answer.out)
+    assert answer.code == 1 and not found["ok"] and len(found["problems"]) >= 1
+    answer = cli("verify", "/nowhere")
+    assert (answer.code, answer.err) == (2, "requant: /nowhere is not a directory\n")
+
+
+def test_shard(output, cli, tmp_path):
+    """A model of one file, as others publish theirs; it runs, and is measured against a source."""
+    single = tmp_path / "single"
+    single.mkdir()
+    tensors = {}
+    for file in output.glob("model-*.safetensors"):
+        tensors |= load_file(file)
+    save_file(tensors, single / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(output / name, single / name)
+    answer = cli("shard", single, "--output", tmp_path / "split")
+    assert answer.code == 0 and answer.out == f"result: {tmp_path}/split\n", answer.err
+    assert cli("verify", tmp_path / "split").code == 0
+    answer = cli("shard", single, "--output", single)
+    assert answer.code == 2 and "choose another" in answer.err
+
+
+def test_generate(output, cli):
+    arguments = ("generate", output, "--prompt", "the value of", "--max-new-tokens", 5)
+    answer = cli(*arguments)
+    assert answer.code == 0, answer.err
+    assert answer.err.strip().endswith("tokens/s") and float(answer.err.split()[0]) > 0
+    assert cli(*arguments).out == answer.out  # greedy, so the same again
+    answer = cli("generate", output, "--prompt", "")
+    assert answer.code == 2 and "prompt" in answer.err
+    (output / "tokenizer.json").unlink()
+    answer = cli(*arguments)
+    assert answer.code == 2 and "tokenizer" in answer.err and "Traceback" not in answer.err
+
+
+def test_interrupted(project, cli, monkeypatch):
+    """Ctrl-C: one line that says how to go on, and the usual exit code."""
+
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.stages.requantize.Requantize._layer", stop)
+    answer = cli("run", project.write())
+    assert answer.code == 130
+    assert answer.err.splitlines()[-1] == "requant: stopped; the same command goes on from here"
+    monkeypatch.undo()
+    assert cli("run", project.write(), "--until", "shard").code == 0
+
+
+def test_defects_keep_their_traceback(project, cli, monkeypatch):
+    """What is not the user's to mend is not dressed up as if it were."""
+    monkeypatch.setattr("pipeline.plan.prepare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("plan", project.write())

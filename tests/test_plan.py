@@ -1,0 +1,232 @@
+"""What a recipe will do and need: on the micro model against what happens, and on the headers of
+the full 80B model."""
+
+import ctypes
+import dataclasses
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from support import big
+from support.damage import header_end
+
+from pipeline.cli import main
+from pipeline.errors import ResourceError
+from pipeline.plan import RUNTIME_BYTES, as_dict, plan, prepare
+from pipeline.recipe import load_recipe
+from pipeline.stages.order import BUILDING, STAGES
+from pipeline.stages.texts import planned_windows
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "qwen3-next-80b-gptq.yaml"
+GIB = 1 << 30
+GROUPS = 2 * 512 * (2048 // 128) + 2048 * (512 // 128)
+PACKED_EXPERT = 3 * 2048 * 512 // 2 + GROUPS * 2 + GROUPS // 2 + 4 * (2048 + 2048 + 512)
+"""Codes, scales, zeros and g_idx of an expert's three matrices at 4 bits and groups of 128."""
+
+
+def _elements(*tables):
+    total = 0
+    for table in tables:
+        for shape in table.values():
+            count = 1
+            for length in shape:
+                count *= length
+            total += count
+    return total
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory):
+    """The full 80B model's headers; made once, since they are 98 MB of text."""
+    started = time.monotonic()
+    folder = big.write_headers(tmp_path_factory.mktemp("80b") / "model")
+    yield SimpleNamespace(path=folder, seconds=time.monotonic() - started)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def large(headers):
+    """The real recipe on them."""
+    return prepare(*load_recipe(RECIPE, [f"source.model={headers.path}", *ELSEWHERE]))
+
+
+ELSEWHERE = [f"output.path=/tmp/requant-test-{id(big)}/out"]
+"""An output that is not there; nothing is ever written to it."""
+
+
+@pytest.fixture
+def roomy(monkeypatch):
+    """A machine with a large disk and hardly any free memory."""
+    disk = SimpleNamespace(free=1 << 50)
+    monkeypatch.setattr("pipeline.plan.shutil.disk_usage", lambda _path: disk)
+    memory = SimpleNamespace(available=GIB // 2, total=GIB)
+    monkeypatch.setattr("pipeline.plan.psutil.virtual_memory", lambda: memory)
+
+
+def test_the_80b_recipe_is_planned_in_seconds(headers, cli, roomy):
+    started = time.process_time()
+    answer = cli(
+        "plan", RECIPE, "--set", f"source.model={headers.path}", "--set", *ELSEWHERE, "--json"
+    )
+    assert answer.code == 0, answer.err
+    assert headers.seconds + time.process_time() - started < 20
+    made = json.loads(answer.out)
+    layers = [job for job in made["jobs"] if job["layer"] is not None]
+    assert len(made["jobs"]) == 52 and len(layers) == 48
+    for job in layers:
+        full = (job["layer"] + 1) % 4 == 0
+        mixer = (big.ATTENTION, big.PLAIN_ATTENTION) if full else (big.DELTANET, big.PLAIN_DELTANET)
+        dense = _elements(*mixer, big.EVERY_LAYER, big.NORMS)
+        assert job["bytes_written"] == 512 * PACKED_EXPERT + 2 * dense, job["unit"]
+        assert f"model-experts-layer-{job['layer']:03d}.safetensors" in job["outputs"]
+    experts = 48 * 512 * PACKED_EXPERT
+    assert 37 * GIB < experts < 38 * GIB  # 4.25 bits each, and g_idx
+    assert experts < made["disk_bytes"] < 1.4 * experts
+    assert made["seconds"] == pytest.approx(sum(job["seconds"] for job in made["jobs"]))
+
+
+def test_what_the_80b_source_is(headers, cli):
+    answer = cli("inspect", headers.path)
+    verdict = answer.out.splitlines()[0]
+    assert "qwen3_next: 48 layers of 512 experts stored one by one as nf4" in verdict
+    assert "headers only" in answer.out
+
+
+def test_80b_sizes(large):
+    summary = large.checkpoint.describe()
+    assert (summary.experts, len(summary.layers), summary.headers_only) == (512, 48, True)
+    others = 12 * len(big.ATTENTION) + 36 * len(big.DELTANET) + 48 * len(big.EVERY_LAYER)
+    assert summary.formats["nf4 double"].count == 73_728 + others
+    assert (
+        77e9
+        < sum(w.elements for n, w in large.checkpoint.weights.items() if ".experts." in n)
+        < 78e9
+    )
+    assert 79e9 < summary.elements < 80.5e9
+
+
+def test_80b_fits_its_own_limits(large, roomy):
+    """On a CPU and on a GPU; the validation has the memory of the machine it will run on."""
+    made = plan(large)
+    converting = max(job.host_bytes for job in made.jobs if job.stage in BUILDING)
+    tokens = 128 * 2048 + 32 * 2048
+    assert 10 * 2048 * tokens < converting < 24 * GIB - RUNTIME_BYTES
+    (validation,) = (job for job in made.jobs if job.stage == "validate")
+    assert 40e9 < validation.host_bytes < 55e9  # all experts, and what else is in memory
+    cuda = dataclasses.replace(large, device=torch.device("cuda"))
+    jobs = [job for stage in STAGES.values() for job in stage.jobs(cuda)]
+    assert 8 * GIB < max(job.device_bytes for job in jobs if job.stage in BUILDING) < 24 * GIB
+    assert max(job.host_bytes for job in jobs if job.stage in BUILDING) < 8 * GIB
+    assert 4 * GIB < max(job.device_bytes for job in jobs if job.stage == "validate") < 10 * GIB
+
+
+def test_80b_in_too_little_memory(large, roomy, monkeypatch):
+    tight = large.recipe.model_copy(
+        update={"limits": large.recipe.limits.model_copy(update={"host_memory": 8 * GIB})}
+    )
+    with pytest.raises(ResourceError, match=r"limits.host_memory is 8.0 GiB, the plan needs 1\d"):
+        plan(dataclasses.replace(large, recipe=tight))
+    # a directory with its weights is there to be run, so the machine itself is asked
+    monkeypatch.setattr(large.checkpoint, "headers_only", False)
+    with pytest.raises(ResourceError, match=r"of host memory, 512.0 MiB are there; lower"):
+        plan(large)
+    memory = SimpleNamespace(available=30 * GIB)
+    monkeypatch.setattr("pipeline.plan.psutil.virtual_memory", lambda: memory)
+    with pytest.raises(ResourceError, match=r"validate needs 4\d.* run it with --until shard here"):
+        plan(large)
+    plan(large, BUILDING)
+
+
+def test_sizes_are_what_comes_to_be(project):
+    made = plan(prepare(project.recipe, project.text))
+    project.run(until="requantize")
+    work = project.work()
+    for job in made.jobs:
+        if job.stage != "requantize" or job.layer is None:
+            continue
+        marker = work.finished(job.unit)
+        assert [record.name for record in marker.outputs] == list(job.outputs)
+        data = 0
+        for record in marker.outputs:
+            content = (work.root / record.name).read_bytes()
+            data += len(content) - header_end(content)
+        assert data == job.bytes_written
+    streams = work.root / ".work" / "streams-001.safetensors"
+    tokens = 8 * 64 + 4 * 64
+    assert 0 < streams.stat().st_size - 2 * tokens * 128 < 1000
+    layer = next(job for job in made.jobs if job.layer == 0)
+    assert layer.bytes_scratch == 2 * 2 * tokens * 128
+
+
+def test_the_plan_is_what_is_run(project):
+    made = plan(prepare(project.recipe, project.text))
+    units = [job.unit for job in made.jobs]
+    assert units == [
+        "dequantize-check",
+        "requantize-layer-000",
+        "requantize-layer-001",
+        "requantize-reference",
+        "shard",
+        "validate",
+    ]
+    project.run(until="requantize")
+    assert {marker.unit for marker in project.work().markers()} == set(units[:4])
+    assert json.loads(json.dumps(as_dict(made)))["jobs"][1]["unit"] == units[1]
+    assert made.seconds == pytest.approx(sum(made.job_seconds(job) for job in made.jobs))
+
+
+def test_memory_stays_below_the_estimate(project, texts):
+    """Enough tokens that activations, not libraries, are what grows."""
+    text = project.folder / "long.txt"
+    text.write_text(texts["calibration"].read_text() * 25)
+    project.change(calibration={"sources": [str(text)], "samples": 500, "sequence_length": 128})
+    context = prepare(project.recipe, project.text)
+    estimate = max(job.host_bytes for job in plan(context).jobs)
+    assert estimate > 100e6
+    process = psutil.Process()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before, peak, done = process.memory_info().rss, 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        project.run(until="requantize")
+    finally:
+        done.set()
+        thread.join()
+    used = peak - before
+    # the layers' own intermediates come on top: 8,192 tokens at a time, whatever the recipe
+    assert used < estimate + 150e6, (used, estimate)
+
+
+def test_windows_without_a_bound(project, texts):
+    project.change(validate={"max_windows": None})
+    bytes_ = texts["evaluation"].stat().st_size
+    windows = planned_windows(project.recipe)
+    assert len(context_windows(project)) <= windows <= bytes_ // 32
+
+
+def context_windows(project):
+    return prepare(project.recipe, project.text).texts.windows
+
+
+def test_table(project, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["requant", "plan", str(project.write())])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None)
+    out = capsys.readouterr().out
+    for word in ("plan for", "dequantize", "requantize", "shard", "validate", "needs", "MiB disk"):
+        assert word in out
+    assert not project.output.exists() and not project.partial.exists()

@@ -1,0 +1,136 @@
+"""Reading recipes: defaults, overrides, and that nothing unknown slips through."""
+
+import difflib
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ByteSize, ValidationError
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import load_recipe, parse_recipe
+
+SMALL = {"source": {"model": "m"}, "output": {"path": "o"}}
+GIB = 1 << 30
+
+
+def _with(section, **values):
+    return parse_recipe(SMALL | {section: values}, "r.yaml")
+
+
+def _load(tmp_path, *overrides, text="source: {model: m}\noutput: {path: o}\n"):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def test_defaults():
+    recipe = parse_recipe(SMALL, "r.yaml")
+    assert recipe.requantize.method == "gptq" and recipe.requantize.modules == ("experts",)
+    assert (recipe.requantize.bits, recipe.requantize.group_size) == (4, 128)
+    assert recipe.limits.device_memory == 24 * GIB and recipe.limits.threads is None
+    assert recipe.validate_.thresholds.perplexity_ratio == 1.03
+    assert not recipe.dequantize.write and recipe.publish.repo is None
+    for section in ("validate", "limits", "calibration", "publish"):
+        assert recipe.resolved()[section]
+
+
+def test_resolved_is_a_recipe_that_says_the_same(tmp_path):
+    recipe = _with("validate", thresholds={"kl_divergence": 0.5}, device_memory="8GiB")
+    text = yaml.safe_dump(recipe.resolved())
+    again, _ = _load(tmp_path, text=text)
+    assert again == recipe and again.validate_.device_memory == 8 * GIB
+
+
+def test_the_text_is_kept_as_written(tmp_path):
+    text = "# a remark\nsource: {model: m}\noutput:\n  path: o   # here\n"
+    recipe, kept = _load(tmp_path, "requantize.bits=8", text=text)
+    assert kept == text and recipe.requantize.bits == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("requantize.group_size=32", lambda r: r.requantize.group_size == 32),
+        ("requantize.group_size=-1", lambda r: r.requantize.group_size == -1),
+        ("requantize.modules=[experts, attention]", lambda r: len(r.requantize.modules) == 2),
+        ("requantize.symmetric=false", lambda r: r.requantize.symmetric is False),
+        ("requantize.damping=1", lambda r: r.requantize.damping == 1.0),
+        (
+            "validate.thresholds.perplexity_ratio=null",
+            lambda r: not r.validate_.thresholds.perplexity_ratio,
+        ),
+        ("validate.max_windows=null", lambda r: r.validate_.max_windows is None),
+        ("limits.host_memory=1.5GiB", lambda r: r.limits.host_memory == 1.5 * GIB),
+        ("limits.host_memory=1000", lambda r: r.limits.host_memory == 1000),
+        ("output.path=a=b", lambda r: r.output.path == "a=b"),
+    ],
+)
+def test_overrides(tmp_path, override, found):
+    assert found(_load(tmp_path, override)[0])
+
+
+def test_later_overrides_win(tmp_path):
+    recipe, _ = _load(tmp_path, "requantize.bits=8", "requantize.bits=4")
+    assert recipe.requantize.bits == 4
+
+
+def test_frozen():
+    recipe = parse_recipe(SMALL, "r.yaml")
+    with pytest.raises(ValidationError):
+        recipe.requantize.bits = 8
+    assert hash(recipe.requantize) == hash(parse_recipe(SMALL, "").requantize)
+    assert isinstance(recipe.limits.host_memory, ByteSize)
+
+
+def _keys(section, where=()):
+    for name, value in section.items():
+        yield (*where, name)
+        if isinstance(value, dict):
+            yield from _keys(value, (*where, name))
+
+
+KEYS = sorted(_keys(parse_recipe(SMALL, "").resolved()))
+
+
+@given(st.sampled_from(KEYS), st.data())
+def test_every_slip_of_the_pen_is_refused_and_helped(path, data):
+    """Two neighbouring letters swapped in any key of any depth."""
+    name = path[-1]
+    at = data.draw(st.integers(0, len(name) - 2))
+    wrong = name[:at] + name[at + 1] + name[at] + name[at + 2 :]
+    if wrong == name:
+        return
+    recipe = parse_recipe(SMALL, "").resolved()
+    section = recipe
+    for part in path[:-1]:
+        section = section[part]
+    section[wrong] = section.pop(name)
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(recipe, "r.yaml")
+    said = str(error.value)
+    assert said.startswith("r.yaml: unknown key ") and repr(".".join([*path[:-1], wrong])) in said
+    close = difflib.get_close_matches(wrong, [name], cutoff=0.5)
+    assert not close or "did you mean" in said
+    assert "\n" not in said
+
+
+@given(
+    st.sampled_from([path for path in KEYS if len(path) > 1]),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=80),
+        st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=2), st.integers()),
+    ),
+)  # fmt: skip
+def test_any_value_is_taken_or_refused_in_one_line(path, value):
+    recipe = parse_recipe(SMALL, "").resolved()
+    section = recipe
+    for part in path[:-1]:
+        section = section[part]
+    section[path[-1]] = value
+    try:
+        parse_recipe(recipe, "r.yaml").resolved()
+    except RecipeError as error:
+        assert str(error).startswith("r.yaml: ") and len(str(error).splitlines()) == 1
+        assert len(str(error)) < 300
