@@ -33,6 +33,12 @@ def one_thread(_same_threads):
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def cpu_only(monkeypatch):
+    """For tests that compare to the bit, or count host memory: a GPU of the machine is not used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def micro() -> Path:
     """The untrained two-layer model (DeltaNet, attention), 8 experts, NF4."""

@@ -52,8 +52,9 @@ def headers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large(headers):
-    """The real recipe on them."""
-    return prepare(*load_recipe(RECIPE, [f"source.model={headers.path}", *ELSEWHERE]))
+    """The real recipe on them, on a machine without a GPU."""
+    context = prepare(*load_recipe(RECIPE, [f"source.model={headers.path}", *ELSEWHERE]))
+    return dataclasses.replace(context, device=torch.device("cpu"))
 
 
 ELSEWHERE = [f"output.path=/tmp/requant-test-{id(big)}/out"]
@@ -181,7 +182,7 @@ def test_the_plan_is_what_is_run(project):
     assert made.seconds == pytest.approx(sum(made.job_seconds(job) for job in made.jobs))
 
 
-def test_memory_stays_below_the_estimate(project, texts):
+def test_memory_stays_below_the_estimate(project, texts, cpu_only):
     """Enough tokens that activations, not libraries, are what grows."""
     text = project.folder / "long.txt"
     text.write_text(texts["calibration"].read_text() * 25)

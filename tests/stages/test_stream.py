@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +15,13 @@ from pipeline.evaluate.windows import Windows
 from pipeline.models import ARCHITECTURES
 from pipeline.stages import experts, requantize, stream
 from pipeline.stages.source import stream_logits
-from pipeline.stages.texts import prepare_texts
 from pipeline.stages.units import layer_unit, streams_file
 
 QWEN = ARCHITECTURES["qwen3_next"]
 
 
 @pytest.fixture
-def in_float32(monkeypatch):
+def in_float32(monkeypatch, cpu_only):
     """The whole conversion in float32: what remains of a difference is a mistake, no rounding."""
     for module in (experts, requantize):
         monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
@@ -127,14 +125,12 @@ def test_both_streams_equal_whole_models(project, one_thread, in_float32, module
         assert all(0 < loss < 0.2 for loss in marker.data["gate_up_loss"])
 
 
-def test_routed_counts_in_bf16(finished):
+def test_routed_counts_in_bf16(project, one_thread, cpu_only):
     """As `requant run` does it: counts of the first layer exactly, of the next up to noise."""
-    layers = json.loads((finished.output / "conversion.json").read_text())["layers"]
-    torch.set_num_threads(1)
-    model = dequantised(finished.output, torch.bfloat16)
-    recipe = finished.recipe
-    tokens = prepare_texts(recipe, Path(recipe.source.model), 512).calibration
-    _, counts = _counted(model, tokens)
+    context = project.run(until="shard")
+    layers = json.loads((project.output / "conversion.json").read_text())["layers"]
+    model = dequantised(project.output, torch.bfloat16)
+    _, counts = _counted(model, context.texts.calibration)
     assert layers[0]["tokens"] == counts[0].tolist()
     moved = (torch.tensor(layers[1]["tokens"]) - counts[1]).abs().sum() / 2
     assert moved <= 0.02 * counts[1].sum()
