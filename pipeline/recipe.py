@@ -83,6 +83,9 @@ class Requantize(Section):
     """Added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     activation_order: bool = True
     """Solve columns by decreasing activation energy; groups stay static and g_idx trivial."""
+    error_correction: bool = True
+    """Let the experts make up for what earlier layers lost (GPTAQ); needs the calibration text to
+    go through the source too.  Without meaning for methods that use no statistics."""
     scale_search: bool = True
     """Search scales for the least squared error; false: from the minimum and maximum."""
 

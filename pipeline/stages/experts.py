@@ -9,6 +9,7 @@ another machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import NumericalError
 from pipeline.models import Architecture
+from pipeline.quantize.correction import corrected, routed_drift
 from pipeline.quantize.hessian import routed_hessians, shrink
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.solved import Quantizer, Solved
@@ -31,11 +33,10 @@ DOWN_SAMPLE_TOKENS = 512
 WELL_COVERED = 4
 """Routed tokens per inner column above which an expert's down needs no substitute."""
 
-GATE_UP_STRENGTH = 64.0
-"""Tokens' worth of the all-token second moment mixed into an expert's own."""
-
-DOWN_STRENGTH = 64.0
-"""Tokens' worth of the substitute mixed into the second moment of an under-covered down."""
+STRENGTH = 1.0
+"""Weight of substitute statistics, in tokens per input column: an expert that saw as many tokens as
+its matrix has columns is half its own.  Measured on held-out tokens of the shipped model: no loss
+where tokens are plenty, 9 % less error at 770 tokens an expert than with a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,21 @@ class DenseTile:
 
 
 @dataclass(frozen=True)
+class LayerStatistics:
+    """What all tiles of a layer share."""
+
+    common: Tensor
+    """Second moment of all the layer's tokens, float32 [hidden, hidden], mixed into the
+    statistics of gate and up."""
+    sample: Tensor
+    """Inputs of a seeded sample of the layer's tokens, bf16 [sample, hidden], which an
+    under-covered expert's own gate and up turn into inputs of its down."""
+    target: Tensor | None
+    """The source's own inputs at the layer's tokens, bf16 [tokens, hidden]; None: do not correct
+    for what earlier layers lost."""
+
+
+@dataclass(frozen=True)
 class SolvedTile:
     """A tile's result."""
 
@@ -148,51 +164,32 @@ def add_output(job: TileSource, tile: DenseTile, routed: Routed, total: Tensor) 
         total.index_add_(0, tokens, output.float() * routed.weights[pairs, None])
 
 
-def solve_tile(
-    job: TileJob, tile: DenseTile, routed: Routed, common: Tensor, sample: Tensor
-) -> SolvedTile:
-    """Quantise a tile's matrices on the activations routed to it.
-
-    `common`: second moment of all the layer's tokens, float32 [hidden, hidden], mixed into the
-    statistics of experts that saw few; `sample`: inputs of a seeded sample of the layer's tokens,
-    bf16 [sample, hidden], which such an expert's own gate and up turn into inputs of its down.
-    """
+def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatistics) -> SolvedTile:
+    """Quantise a tile's matrices on the activations routed to it."""
     experts, inner = job.experts, job.inner
-    offsets = [routed.offsets[e] - routed.offsets[experts.start] for e in experts]
-    offsets.append(routed.offsets[experts.stop] - routed.offsets[experts.start])
-    pairs = slice(routed.offsets[experts.start], routed.offsets[experts.stop])
-    inputs = routed.inputs[routed.tokens[pairs]]
-    offsets_tensor = torch.tensor(offsets)
-    counts = offsets_tensor.diff()
+    base = routed.offsets[experts.start]
+    offsets = [routed.offsets[e] - base for e in (*experts, experts.stop)]
+    tokens = routed.tokens[base : routed.offsets[experts.stop]]
+    inputs = routed.inputs[tokens]
+    target = None if layer.target is None else layer.target[tokens]
 
     hessian = None
+    weight = tile.gate_up.float()
     if job.quantizer.needs_hessian:
-        hessian = shrink(routed_hessians(inputs, offsets_tensor), counts, common, GATE_UP_STRENGTH)
-    solved = _quantize(job, "gate and up", tile.gate_up, hessian)
-    gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
-    del hessian
-
-    down_hessian = None
-    if job.quantizer.needs_hessian:
-        down_inputs = torch.empty(len(inputs), inner, dtype=COMPUTE_DTYPE, device=job.device)
-        for i in range(len(experts)):
-            rows = slice(offsets[i], offsets[i + 1])
-            down_inputs[rows] = _inner(job, inputs[rows], gate_up[i])
-        own = [
-            _inner(job, sample, gate_up[i])
-            if offsets[i + 1] - offsets[i] < WELL_COVERED * inner
-            else sample.new_zeros(0, inner)
-            for i in range(len(experts))
-        ]
-        own_offsets = [0]
-        for part in own:
-            own_offsets.append(own_offsets[-1] + len(part))
-        substitute = routed_hessians(torch.cat(own), torch.tensor(own_offsets)) / len(sample)
-        down_hessian = shrink(
-            routed_hessians(down_inputs, offsets_tensor), counts, substitute, DOWN_STRENGTH
+        strength = STRENGTH * inputs.shape[1]
+        counts = torch.tensor(offsets).diff()
+        hessian = shrink(
+            routed_hessians(inputs, torch.tensor(offsets)), counts, layer.common, strength
         )
-    solved_down = _quantize(job, "down", tile.down, down_hessian)
+        if target is not None:
+            drift = routed_drift(target, inputs, offsets) / _share(counts, strength, job.device)
+            weight = corrected(weight, hessian, drift)
+    solved = _quantize(job, "gate and up", weight, hessian)
+    gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
+    del hessian, weight
 
+    weight, down_hessian = _down_problem(job, tile, inputs, target, gate_up, offsets, layer)
+    solved_down = _quantize(job, "down", weight, down_hessian)
     return SolvedTile(
         gate=solved.quantized.rows(0, inner),
         up=solved.quantized.rows(inner, 2 * inner),
@@ -203,14 +200,63 @@ def solve_tile(
     )
 
 
+def _down_problem(
+    job: TileJob,
+    tile: DenseTile,
+    inputs: Tensor,
+    target: Tensor | None,
+    gate_up: Tensor,
+    offsets: list[int],
+    layer: LayerStatistics,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and Hessian for down, on what the quantised gate and up make of the tokens."""
+    weight = tile.down.float()
+    if not job.quantizer.needs_hessian:
+        return weight, None
+    strength = STRENGTH * job.inner
+    counts = torch.tensor(offsets).diff()
+    actual = _inner_of(job, inputs, gate_up, offsets)
+    sample = layer.sample
+    own = [
+        _inner(job, sample, gate_up[i])
+        if count < WELL_COVERED * job.inner
+        else sample.new_zeros(0, job.inner)
+        for i, count in enumerate(counts.tolist())
+    ]
+    own_offsets = [0]
+    for part in own:
+        own_offsets.append(own_offsets[-1] + len(part))
+    substitute = routed_hessians(torch.cat(own), torch.tensor(own_offsets)) / len(sample)
+    # Where there is no substitute it is zero, and shrinking only scales, which changes nothing.
+    hessian = shrink(routed_hessians(actual, torch.tensor(offsets)), counts, substitute, strength)
+    if target is not None:
+        wanted = _inner_of(job, target, tile.gate_up, offsets)
+        drift = routed_drift(wanted, actual, offsets) / _share(counts, strength, job.device)
+        weight = corrected(weight, hessian, drift)
+    return weight, hessian
+
+
 def _quantize(job: TileJob, what: str, weight: Tensor, hessian: Tensor | None) -> Solved:
     """Solve a tile's matrices; the quantiser knows their numbers only, errors here say whose."""
     try:
-        return job.quantizer.quantize(weight.float(), hessian, job.scheme, job.options)
+        return job.quantizer.quantize(weight, hessian, job.scheme, job.options)
     except NumericalError as error:
         first, last = job.experts.start, job.experts.stop - 1
         where = f"layer {job.layer}, {what} of experts {first} to {last}"
         raise NumericalError(f"{where}: {error}") from None
+
+
+def _share(counts: Tensor, strength: float, device: torch.device) -> Tensor:
+    """What `shrink` divides an expert's sum by, [E, 1, 1]."""
+    return (counts.to(device, torch.float32) + strength).view(-1, 1, 1)
+
+
+def _inner_of(job: TileJob, inputs: Tensor, gate_up: Tensor, offsets: list[int]) -> Tensor:
+    """Inputs of down for all pairs of a tile, in expert order: bf16 [pairs, inner]."""
+    out = torch.empty(len(inputs), job.inner, dtype=inputs.dtype, device=inputs.device)
+    for i, (start, stop) in enumerate(pairwise(offsets)):
+        out[start:stop] = _inner(job, inputs[start:stop], gate_up[i])
+    return out
 
 
 def _inner(job: TileSource, hidden: Tensor, gate_up: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Stage 2: quantise layer by layer on calibration activations.
 
-Two streams of activations go through the model together, one layer at a time:
+Streams of activations go through the model together, one layer at a time:
   calibration  through the quantised layers, so that each layer is solved for the inputs that it
                will really get;
+  target       the same text through the source's layers, so that the experts can make up for what
+               the layers before them lost (`pipeline.quantize.correction`);
   evaluation   through the source's layers, so that at the end the source's own predictions on the
                validation text are known without the source ever being in memory.
 
-A layer's unit: record both streams through the dense parts, quantise the chosen dense modules, sort
-the routed tokens by expert, solve the experts tile by tile, write the layer's files, save both
+A layer's unit: record the streams through the dense parts, quantise the chosen dense modules, sort
+the routed tokens by expert, solve the experts tile by tile, write the layer's files, save the
 streams.  The last unit turns the evaluation stream into the reference.
 """
 
@@ -35,6 +37,7 @@ from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import (
     DOWN_SAMPLE_TOKENS,
+    LayerStatistics,
     Routed,
     SolvedTile,
     TileJob,
@@ -62,11 +65,17 @@ from pipeline.stages.units import (
 
 @dataclass
 class _Streams:
-    """Both streams, bf16 [sequences, length, hidden], as they leave layer `after`."""
+    """The streams, bf16 [sequences, length, hidden], as they leave layer `after`."""
 
     after: int
     calibration: Tensor
     evaluation: Tensor
+    target: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs, by name."""
+        kept = {"calibration": self.calibration, "evaluation": self.evaluation}
+        return kept if self.target is None else kept | {"target": self.target}
 
 
 class Requantize:
@@ -83,6 +92,7 @@ class Requantize:
             activation_order=recipe.activation_order,
             scale_search=recipe.scale_search,
         )
+        self._corrects = recipe.error_correction and self._quantizer.needs_hessian
         self._pack = output_format(recipe.method).pack
         self._stream = LayerStream(context.checkpoint, context.architecture, context.device)
         self._streams: _Streams | None = None
@@ -103,7 +113,7 @@ class Requantize:
             return
         files, data = self._layer(layer, streams)
         self._wait()
-        snapshot = {"calibration": streams.calibration, "evaluation": streams.evaluation}
+        snapshot = streams.tensors()
         # Writing goes on beside the next layer's work, so its time is not this unit's.
         seconds = time.monotonic() - started
         self._pending = self._writer.submit(self._write, layer, files, snapshot, data, seconds)
@@ -131,21 +141,24 @@ class Requantize:
             calibration = self._stream.embed(self._texts.calibration)
             evaluation = self._stream.embed(self._texts.windows.token_ids)
             check_finite(calibration, "the embedding")
+            target = calibration if self._corrects else None
+            self._streams = _Streams(-1, calibration, evaluation, target)
         else:
             saved = load_file(self._context.work.root / streams_file(layer - 1))
-            calibration, evaluation = (saved[k].to(device) for k in ("calibration", "evaluation"))
-        self._streams = _Streams(layer - 1, calibration, evaluation)
+            moved = {name: tensor.to(device) for name, tensor in saved.items()}
+            self._streams = _Streams(layer - 1, **moved)
         return self._streams
 
     def _layer(
         self, layer: int, streams: _Streams
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Advance both streams by a layer; returns its files' tensors and its statistics."""
+        """Advance the streams by a layer; returns its files' tensors and its statistics."""
         context = self._context
         stored = self._stream.load_dense(layer)
         module = self._stream.build_layer(layer, stored)
         source = self._stream.record(module, streams.evaluation)
         check_finite(source.base, f"layer {layer} of the source")
+        target = None if streams.target is None else self._stream.record(module, streams.target)
         packed, losses = self._dense_modules(layer, module, streams.calibration)
         written = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
         for name, parts in packed.items():
@@ -156,8 +169,9 @@ class Requantize:
         data: dict[str, Any] = {"layer": layer, "dense_loss": losses}
         if recorded.inputs is None:
             streams.calibration, streams.evaluation = recorded.base, source.base
+            streams.target = None if target is None else target.base
         else:
-            experts, statistics = self._experts(layer, recorded, source, streams)
+            experts, statistics = self._experts(layer, recorded, source, target, streams)
             files[experts_file(layer)] = experts
             data |= statistics
         streams.after = layer
@@ -222,15 +236,21 @@ class Requantize:
         return (total / tokens).unsqueeze(0)
 
     def _experts(
-        self, layer: int, recorded: Recorded, source: Recorded, streams: _Streams
+        self,
+        layer: int,
+        recorded: Recorded,
+        source: Recorded,
+        target: Recorded | None,
+        streams: _Streams,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Solve a layer's experts tile by tile; advances both streams."""
+        """Solve a layer's experts tile by tile; advances the streams."""
         geometry = self._context.geometry
         routed = sort_by_expert(recorded, geometry.experts)
-        routed_source = sort_by_expert(source, geometry.experts)
-        common, sample = self._layer_statistics(layer, routed)
         total = torch.zeros_like(routed.inputs, dtype=torch.float32)
-        total_source = torch.zeros_like(routed_source.inputs, dtype=torch.float32)
+        # Streams that see the source's weights: the same decoded tile serves them.
+        sorted_ = [sort_by_expert(s, geometry.experts) for s in (source, target) if s is not None]
+        faithful = [(r, torch.zeros_like(r.inputs, dtype=torch.float32)) for r in sorted_]
+        statistics = self._layer_statistics(layer, routed, target)
         packed: dict[str, Tensor] = {}
         losses: dict[str, list[float]] = {"gate_up_loss": [], "down_loss": []}
         jobs = [self._tile_job(layer, experts) for experts in tiles(geometry.experts)]
@@ -240,8 +260,9 @@ class Requantize:
             if number + 1 < len(jobs):
                 ahead = self._reader.submit(decode_tile, jobs[number + 1])
             with torch.inference_mode():
-                add_output(job, dense, routed_source, total_source)
-                solved = solve_tile(job, dense, routed, common, sample)
+                for of_source, sum_of_source in faithful:
+                    add_output(job, dense, of_source, sum_of_source)
+                solved = solve_tile(job, dense, routed, statistics)
                 add_output(job, solved.dense, routed, total)
             packed |= self._packed(job, solved)
             losses["gate_up_loss"] += solved.gate_up_loss
@@ -251,12 +272,15 @@ class Requantize:
                 f" of {geometry.experts}"
             )
         streams.calibration = recorded.with_experts(total)
-        streams.evaluation = source.with_experts(total_source)
+        streams.evaluation = source.with_experts(faithful[0][1])
+        if target is not None:
+            streams.target = target.with_experts(faithful[1][1])
         tokens = [routed.count(e) for e in range(geometry.experts)]
         return packed, {"tokens": tokens, **losses}
 
-    def _layer_statistics(self, layer: int, routed: Routed) -> tuple[Tensor, Tensor]:
-        """Second moment of all tokens, and the seeded sample, for experts that saw few."""
+    def _layer_statistics(
+        self, layer: int, routed: Routed, target: Recorded | None
+    ) -> LayerStatistics:
         tokens = len(routed.inputs)
         common = torch.zeros(
             routed.inputs.shape[1], routed.inputs.shape[1], device=routed.inputs.device
@@ -268,7 +292,11 @@ class Requantize:
             self._context.recipe.calibration.seed * 1_000_003 + layer
         )
         chosen = torch.randperm(tokens, generator=generator)[:DOWN_SAMPLE_TOKENS]
-        return common / tokens, routed.inputs[chosen.to(routed.inputs.device)]
+        return LayerStatistics(
+            common=common / tokens,
+            sample=routed.inputs[chosen.to(routed.inputs.device)],
+            target=None if target is None else target.inputs,
+        )
 
     def _tile_job(self, layer: int, experts: range) -> TileJob:
         context = self._context

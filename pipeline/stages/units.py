@@ -37,9 +37,13 @@ def jobs(context: Context) -> list[Job]:
     recipe, geometry = context.recipe, context.geometry
     calibration = recipe.calibration.samples * recipe.calibration.sequence_length
     evaluation = planned_windows(recipe) * recipe.validate_.window
-    streams = 2 * (calibration + evaluation) * geometry.hidden
+    corrects = recipe.requantize.error_correction
+    corrects &= QUANTIZERS[recipe.requantize.method].needs_hessian
+    target = calibration if corrects else 0
+    tokens = calibration + evaluation + target
+    streams = 2 * tokens * geometry.hidden
     by_layer, outer = _source_bytes(context)
-    on_device = _stream_bytes(context, calibration, evaluation) + _tile_bytes(context, calibration)
+    on_device = _stream_bytes(context, tokens) + _tile_bytes(context, calibration)
     listed = []
     for layer in range(geometry.layers):
         sparse = layer in geometry.moe_layers
@@ -47,7 +51,7 @@ def jobs(context: Context) -> list[Job]:
         dense_elements = by_layer[layer].dense_elements
         active = dense_elements
         active += geometry.top_k * 3 * geometry.hidden * geometry.inner if sparse else 0
-        flops = 2.0 * active * (2 * calibration + evaluation)
+        flops = 2.0 * active * (2 * calibration + evaluation + target)
         if sparse:
             flops += _solve_flops(context, calibration)
         # Two layers' packed experts: the one being written and the one being solved.
@@ -121,12 +125,12 @@ def _packed_expert_bytes(context: Context) -> int:
     return total
 
 
-def _stream_bytes(context: Context, calibration: int, evaluation: int) -> int:
-    """Both streams in and out of a layer (bf16), expert inputs (bf16), routed sums (float32), and
+def _stream_bytes(context: Context, tokens: int) -> int:
+    """All streams in and out of a layer (bf16), expert inputs (bf16), routed sums (float32), and
     as much again as one of the sums for what is made on the way."""
     per_token = context.geometry.hidden * (2 + 2 + 2 + 4 + 4)
-    pairs = (calibration + evaluation) * context.geometry.top_k * 28
-    return (calibration + evaluation) * per_token + pairs
+    pairs = tokens * context.geometry.top_k * 28
+    return tokens * per_token + pairs
 
 
 def _tile_bytes(context: Context, calibration: int) -> int:

@@ -1,0 +1,56 @@
+"""Making up for what earlier layers lost: asymmetric calibration, GPTAQ (arXiv 2504.02692).
+
+GPTQ keeps Q x close to W x, where x is the input that the quantised model really has.  What the
+layer ought to give is W t, where t is the source's input at the same token.  Minimising
+|W t - Q x|^2 over Q is the same problem for another weight, as the best linear guess of t is known:
+
+    W' = W + W C (H + d I)^-1,    C = mean of (t - x) x^T,    H = mean of x x^T
+
+so any quantiser solves it when it is given W' in the place of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pipeline.quantize.precision import full_float32
+
+DAMPING = 0.03
+"""Fraction of the Hessian's mean diagonal added to it: directions that hold little of the input are
+left alone, since what was seen there is noise."""
+
+
+def routed_drift(target: Tensor, actual: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Sum over each expert's tokens of (target - actual) actual^T: float32 [E, in, in].
+
+    `target`, `actual`: [S, in], the source's and the quantised model's inputs of the same tokens,
+    ordered by expert; expert e has the rows offsets[e] to offsets[e + 1].
+    """
+    columns = actual.shape[1]
+    total = torch.zeros(len(offsets) - 1, columns, columns, device=actual.device)
+    with full_float32():
+        for expert, (start, stop) in enumerate(pairwise(offsets)):
+            x = actual[start:stop].float()
+            torch.mm((target[start:stop].float() - x).T, x, out=total[expert])
+    return total
+
+
+def corrected(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
+    """W' of the module's text, float32 [E, out, in].
+
+    `weight` [E, out, in]; `hessian`, `drift`: float32 [E, in, in], means over equally many tokens.
+    An expert without tokens has no drift and keeps its weight.
+    """
+    columns = hessian.shape[-1]
+    level = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
+    # A Hessian of zeros goes with a drift of zeros; any positive level serves.
+    level = torch.where(level > 0, level * DAMPING, 1.0)
+    damped = hessian + level.view(-1, 1, 1) * torch.eye(columns, device=hessian.device)
+    with full_float32():
+        factor = torch.linalg.cholesky(damped)
+        shift = torch.cholesky_solve((weight.float() @ drift).transpose(1, 2), factor)
+        return weight.float() + shift.transpose(1, 2)
