@@ -79,7 +79,7 @@ class Requantize(Section):
     symmetric: bool = True
     modules: tuple[str, ...] = Field(default=("experts",), min_length=1, strict=False)
     """Module classes by the names that the model's architecture gives them; checked likewise."""
-    damping: float = Field(default=0.01, gt=0, le=1)
+    damping: float = Field(default=0.1, gt=0, le=1)
     """Added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     activation_order: bool = True
     """Solve columns by decreasing activation energy; groups stay static and g_idx trivial."""

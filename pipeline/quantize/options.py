@@ -9,8 +9,11 @@ from dataclasses import dataclass
 class SolverOptions:
     """Settings of the quantisers; a quantiser ignores what has no meaning for it."""
 
-    damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
+    damping: float = 0.1
+    """Added to the Hessian's diagonal, as a fraction of the diagonal's mean.
+
+    The usual 0.01 fits the calibration text too closely: on text held back 0.1 lost as little with
+    50 tokens per input column and far less with 4, which is what an expert sees in practice."""
     activation_order: bool = True
     """Columns of large second moment first.  Groups and stored order stay as they are, so `g_idx`
     is trivial."""

@@ -116,7 +116,7 @@ def _round_kernel(
     codes,
     size,
     rows,
-    experts,
+    stride,
     TOP: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -126,14 +126,14 @@ def _round_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     lane = tl.arange(0, BLOCK)
-    stride = experts.to(tl.int64) * rows
     slab = expert * rows + row
     everything = (lane < size)[:, None] & inside[None, :]
-    goal = tl.load(target + lane[:, None] * stride + slab[None, :], mask=everything, other=0.0)
+    places = lane.to(tl.int64)[:, None] * stride + slab[None, :]
+    goal = tl.load(target + places, mask=everything, other=0.0)
     triangle += expert * size * size
     for back in range(size):
         column = size - 1 - back
-        place = column * stride + slab
+        place = column.to(tl.int64) * stride + slab
         wanted = tl.sum(tl.where(lane[:, None] == column, goal, 0.0), 0)
         s = tl.load(scale + place, mask=inside, other=1.0)
         z = tl.load(zero + place, mask=inside, other=0.0)
@@ -252,7 +252,7 @@ def round_block(
         codes,
         size,
         rows,
-        experts,
+        experts * rows,
         TOP=top,
         BLOCK=BLOCK_COLUMNS,
         ROWS=_ROUND_ROWS,
@@ -278,7 +278,7 @@ def add_gram(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
         PRECISION="ieee" if full else "tf32",
         COLUMNS=width,
         TOKENS=32 if full else _GRAM_TOKENS,
-        num_warps=4 if full else 8,
+        num_warps=4,
         num_stages=2 if full else 3,
     )
 

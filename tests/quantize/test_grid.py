@@ -7,6 +7,8 @@ from pipeline.errors import NumericalError
 from pipeline.quantize.grid import SMALLEST_SCALE, encode, fit_grid
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCHEMES = [
     AffineScheme(bits, group, symmetric)
     for bits in (4, 8)

@@ -7,6 +7,8 @@ from problems import fresh, inputs
 import pipeline.quantize.hessian as hessian_module
 from pipeline.quantize.hessian import routed_hessians, shrink
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNTS = (0, 5, 300, 1, 700, 0, 64, 256, 257, 0, 30)
 
 
