@@ -40,7 +40,8 @@ WINDOW, STRIDE, WINDOWS = 512, 256, 192
 METHODS = {
     "rounding, min/max": {"method": "rtn", "scale_search": False},
     "rounding": {"method": "rtn"},
-    "gptq": {"method": "gptq"},
+    "gptq": {"method": "gptq", "error_correction": False},
+    "gptq, corrected": {"method": "gptq"},
 }
 
 

@@ -20,11 +20,11 @@ rm -rf out/demo
 time python3 -m pipeline run recipes/demo.yaml
 cp out/demo/report.json "${OUT:-out}/report-gpu.json" 2>/dev/null
 
+step "quality"
+time python3 scripts/bench_quality.py
+
 step "dequantise throughput"
 python3 scripts/bench_dequantize.py --device cuda --experts 512
 
 step "solver"
-python3 scripts/bench_solver.py --device cuda --experts 512 --out 1024 --in 2048
-
-step "quality"
-time python3 scripts/bench_quality.py
+python3 scripts/bench_solver.py --device cuda --experts 512 --out 1024 --in 2048 --loop-experts 8
