@@ -116,8 +116,8 @@ def test_80b_fits_its_own_limits(large, roomy):
     """On a CPU and on a GPU; the validation has the memory of the machine it will run on."""
     made = plan(large)
     converting = max(job.host_bytes for job in made.jobs if job.stage in BUILDING)
-    tokens = 128 * 2048 + 32 * 2048
-    assert 10 * 2048 * tokens < converting < 24 * GIB - RUNTIME_BYTES
+    tokens = 2 * 128 * 2048 + 32 * 2048
+    assert 8 * 2048 * tokens < converting < 24 * GIB - RUNTIME_BYTES
     (validation,) = (job for job in made.jobs if job.stage == "validate")
     assert 40e9 < validation.host_bytes < 55e9  # all experts, and what else is in memory
     cuda = dataclasses.replace(large, device=torch.device("cuda"))
@@ -131,7 +131,7 @@ def test_80b_in_too_little_memory(large, roomy, monkeypatch):
     tight = large.recipe.model_copy(
         update={"limits": large.recipe.limits.model_copy(update={"host_memory": 8 * GIB})}
     )
-    with pytest.raises(ResourceError, match=r"limits.host_memory is 8.0 GiB, the plan needs 1\d"):
+    with pytest.raises(ResourceError, match=r"limits.host_memory is 8.0 GiB, the plan needs 2\d"):
         plan(dataclasses.replace(large, recipe=tight))
     # a directory with its weights is there to be run, so the machine itself is asked
     monkeypatch.setattr(large.checkpoint, "headers_only", False)
@@ -159,7 +159,7 @@ def test_sizes_are_what_comes_to_be(project):
             data += len(content) - header_end(content)
         assert data == job.bytes_written
     streams = work.root / ".work" / "streams-001.safetensors"
-    tokens = 8 * 64 + 4 * 64
+    tokens = 2 * 8 * 64 + 4 * 64  # calibration twice: through the source as well
     assert 0 < streams.stat().st_size - 2 * tokens * 128 < 1000
     layer = next(job for job in made.jobs if job.layer == 0)
     assert layer.bytes_scratch == 2 * 2 * tokens * 128
