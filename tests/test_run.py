@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from support.damage import flip_first_bit
 from support.kill import run_killed
 from support.recipes import Project, digests
@@ -103,6 +104,17 @@ def test_a_fresh_run_that_was_cut_off_is_resumed(project, finished, changes):
     assert project.said == ["resuming: 3 of 5 units are done"]
     assert digests(project.output) == digests(finished.output)
     assert not (project.output / "report.json").exists()  # it is the new one
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_killed_on_a_gpu(project, finished, changes):
+    """Two processes, one of them killed, make the bytes of one on a GPU too."""
+    assert run_killed(project.data, project.text, "shard", len(changes) // 3) is None
+    project.run(until="shard")
+    assert digests(project.output) == digests(finished.output)
+    made = json.loads((project.output / "conversion.json").read_text())
+    assert made["fingerprint"]["device"] == torch.cuda.get_device_name()
 
 
 def _command(*arguments):
