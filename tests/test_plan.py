@@ -144,6 +144,17 @@ def test_80b_in_too_little_memory(large, roomy, monkeypatch):
     plan(large, BUILDING)
 
 
+def test_80b_on_too_small_a_gpu(large, roomy, monkeypatch):
+    monkeypatch.setattr("pipeline.plan._seconds", lambda _jobs, _device: 1.0)  # asks the device
+    limits = large.recipe.limits.model_copy(update={"device_memory": 10 * GIB})
+    recipe = large.recipe.model_copy(update={"limits": limits})
+    context = dataclasses.replace(large, device=torch.device("cuda"), recipe=recipe)
+    with pytest.raises(ResourceError, match=r"limits.device_memory is 10.0 GiB, the plan needs 1"):
+        plan(context)
+    made = plan(dataclasses.replace(context, recipe=large.recipe))
+    assert made.device_bytes < 24 * GIB
+
+
 def test_sizes_are_what_comes_to_be(project):
     made = plan(prepare(project.recipe, project.text))
     project.run(until="requantize")
