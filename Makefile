@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/requant run recipes/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.recipe import parse_recipe
 from pipeline.run import run
 
@@ -25,8 +27,11 @@ CHANGES = (
 """All by which the package changes what the disk shows; each call is a moment to be killed at."""
 
 
-def process_context() -> multiprocessing.context.ForkServerContext:
+def process_context() -> multiprocessing.context.BaseContext:
     """Where the processes come from; the server starts with the first one and keeps running."""
+    if torch.cuda.is_available():
+        # What the server imports looks at the device, and CUDA does not survive a fork.
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.run", "bitsandbytes"])
     return context
