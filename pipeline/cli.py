@@ -106,8 +106,12 @@ def plan(recipe: RecipeFile, overrides: Set = None, as_json: Json = False) -> No
 def run(
     recipe: RecipeFile,
     overrides: Set = None,
-    until: Annotated[str | None, typer.Option(help="last stage to run")] = None,
-    only: Annotated[str | None, typer.Option(help="the one stage to run")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="last stage to run: dequantize, requantize, shard, validate")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="the one stage to run, those before it being done")
+    ] = None,
     fresh: Annotated[bool, typer.Option(help="forget earlier work")] = False,
     as_json: Json = False,
 ) -> None:
@@ -191,7 +195,9 @@ def generate(
 ) -> None:
     """Continue a text with a model loaded hybrid; prints tokens per second at the end."""
     from pipeline.hybrid.generate import stream_text
+    from pipeline.threads import use_threads
 
+    use_threads()
     rate = stream_text(model, prompt, max_new_tokens, device_memory, sys.stdout)
     typer.echo(f"\n{rate:.1f} tokens/s", err=True)
 
@@ -209,6 +215,12 @@ def _finish(report: dict[str, Any], as_json: bool, path: Path | None) -> None:
         show(result_table(report))
         if path is not None:
             typer.echo(f"report: {path}")
+        if report["machine"]["device"] == "cpu":
+            _announce("no GPU was found: both parts ran on the CPU")
+        _announce(
+            "load it with pipeline.hybrid.load; transformers' own loading leaves experts random"
+            " unless they are unfused first (docs/other-readers.md)"
+        )
     raise typer.Exit(0 if report["passed"] else 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -107,6 +108,19 @@ class Reporter:
         if not self._quiet:
             elapsed = duration(time.monotonic() - self._started)
             print(f"[{elapsed:>7}] {message}", file=sys.stderr, flush=True)
+
+
+def announce_rarely(announce: Callable[[str], None]) -> Callable[[str], None]:
+    """Pass on a message at most every SILENCE_SECONDS."""
+    last = time.monotonic()
+
+    def pass_on(message: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SILENCE_SECONDS:
+            last = time.monotonic()
+            announce(message)
+
+    return pass_on
 
 
 def duration(seconds: float) -> str:

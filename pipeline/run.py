@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 import transformers
 
@@ -16,6 +15,8 @@ from pipeline import __version__
 from pipeline.errors import CheckpointError, OutputError, RecipeError
 from pipeline.plan import Plan, plan, prepare
 from pipeline.progress import Reporter
+from pipeline.quantize.backend import solver_backend
+from pipeline.quantize.hessian import HESSIAN_EXPERTS, HESSIAN_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
@@ -23,6 +24,7 @@ from pipeline.stages.experts import TILE_EXPERTS
 from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.units import streams_file
+from pipeline.threads import use_threads
 from pipeline.workdir import CONVERSION, difference
 
 
@@ -48,7 +50,7 @@ def run(
         raise RecipeError("--until and --only exclude each other")
     if fresh and only:
         raise RecipeError("--fresh begins with the first stage, it does not go with --only")
-    torch.set_num_threads(recipe.limits.threads or psutil.cpu_count(logical=False) or 1)
+    use_threads(recipe.limits.threads)
     context = prepare(recipe, text)
     if context.checkpoint.headers_only:
         raise CheckpointError(
@@ -85,16 +87,29 @@ def fingerprint(context: Context) -> dict[str, Any]:
         "recipe": {key: resolved[key] for key in ("dequantize", "requantize")},
         "texts": context.texts.digests,
         "seed": recipe.calibration.seed,
-        "tiles": {"experts": TILE_EXPERTS, "tokens": TOKENS_PER_BATCH},
+        "tiles": {
+            "experts": TILE_EXPERTS,
+            "tokens": TOKENS_PER_BATCH,
+            "hessian": [HESSIAN_EXPERTS, HESSIAN_TOKENS],
+        },
         "threads": torch.get_num_threads(),
+        "solver": solver_backend(context.device),
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "versions": {
             "requant": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "bitsandbytes": importlib.metadata.version("bitsandbytes"),
+            "triton": _version("triton"),
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _chosen_stages(until: str | None, only: str | None) -> list[str]:

@@ -145,7 +145,7 @@ def test_80b_in_too_little_memory(large, roomy, monkeypatch):
 
 
 def test_80b_on_too_small_a_gpu(large, roomy, monkeypatch):
-    monkeypatch.setattr("pipeline.plan._seconds", lambda _jobs, _device: 1.0)  # asks the device
+    monkeypatch.setattr("pipeline.plan._matrix_rate", lambda _device: 1e12)  # asks the device
     limits = large.recipe.limits.model_copy(update={"device_memory": 10 * GIB})
     recipe = large.recipe.model_copy(update={"limits": limits})
     context = dataclasses.replace(large, device=torch.device("cuda"), recipe=recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +161,12 @@ class Comparer:
         return tuple(array.to(device) for array in arrays)  # type: ignore[return-value]
 
 
-def compare(model: PreTrainedModel, reference: Reference, batch_size: int = 1) -> Comparison:
+def compare(
+    model: PreTrainedModel,
+    reference: Reference,
+    batch_size: int = 1,
+    progress: Callable[[str], None] = lambda _message: None,
+) -> Comparison:
     """Run a causal language model over the reference's windows and compare.
 
     Memory: batch_size * length * vocabulary logits in the model's dtype on its device, plus some
@@ -171,6 +177,7 @@ def compare(model: PreTrainedModel, reference: Reference, batch_size: int = 1) -
         ids = reference.windows.token_ids[first : first + batch_size].to(model.device)
         with torch.inference_mode():
             comparer.add(first, model(input_ids=ids, use_cache=False).logits)
+        progress(f"window {first + len(ids)} of {len(reference.windows)}")
     return comparer.build()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.calibration import load_tokenizer, read_text, tokenize
@@ -17,10 +18,12 @@ from pipeline.errors import CalibrationError, CheckpointError, RecipeError
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.windows import Windows, sliding_windows
 from pipeline.models.skeleton import architecture_of
-from pipeline.recipe import Thresholds, Validate
+from pipeline.progress import announce_rarely
+from pipeline.recipe import Thresholds, Validate, parse_recipe
 from pipeline.stages.source import record_source
 from pipeline.stages.units import REFERENCE_FILE
 from pipeline.stages.validate import REPORT_FILE, existing_report, validate_model
+from pipeline.threads import use_threads
 from pipeline.workdir import CONVERSION
 
 
@@ -40,22 +43,36 @@ def revalidate(
         raise CheckpointError(f"{model} is not a directory")
     if text is not None and source is None:
         raise RecipeError("--text goes with --source: the record in a model is of its own text")
+    memory = parse_size(device_memory)
+    use_threads()
     reference = None
     if source is not None:
         windows, labels = _windows(model, text)
         announce(f"recording the source {source}")
         reference = _record(source, windows, labels, announce)
-    previous = existing_report(model)
-    thresholds = (previous or {}).get("thresholds") or Thresholds().model_dump()
     report = validate_model(
         model,
-        device_memory=parse_size(device_memory),
-        thresholds=thresholds,
+        device_memory=memory,
+        thresholds=_thresholds(model),
         reference=reference,
+        progress=announce_rarely(announce),
     )
     if (model / CONVERSION).is_file() and source is None:
         write_json(model / REPORT_FILE, report)
     return report
+
+
+def _thresholds(model: Path) -> Mapping[str, float | None]:
+    """Those of the last report, of the recipe that made the model, or the defaults."""
+    report = existing_report(model)
+    if report is not None and report.get("thresholds"):
+        previous: dict[str, float | None] = report["thresholds"]
+        return previous
+    path = model / "recipe.resolved.yaml"
+    if path.is_file():
+        recipe = parse_recipe(yaml.safe_load(path.read_text()), str(path))
+        return recipe.validate_.thresholds.model_dump()
+    return Thresholds().model_dump()
 
 
 def parse_size(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.evaluate.metrics import compare
 from pipeline.evaluate.reference import Reference
-from pipeline.evaluate.speed import measure, timed
+from pipeline.evaluate.speed import measure, reset_peak_host_bytes, timed
 from pipeline.progress import size
 from pipeline.report.build import expert_figures, judge, measured, with_digest
 from pipeline.stages.context import Context, Job
@@ -108,6 +108,7 @@ class Validation:
                 self._context.output,
                 device_memory=int(validate.device_memory),
                 thresholds=thresholds,
+                progress=self._context.progress,
             )
         write_json(self._context.output / REPORT_FILE, report)
 
@@ -131,6 +132,7 @@ def validate_model(
     device_memory: int,
     thresholds: Mapping[str, float | None],
     reference: Reference | None = None,
+    progress: Callable[[str], None] = lambda _message: None,
 ) -> dict[str, Any]:
     """Measure a model directory against `reference`, or against the record it contains.
 
@@ -147,8 +149,10 @@ def validate_model(
     if torch.cuda.is_available():  # a conversion in the same process is no part of the result
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    reset_peak_host_bytes()
+    progress("loading the model")
     loaded, load_seconds = timed(lambda: hybrid.load(model, device_memory=device_memory))
-    comparison = compare(loaded, reference)
+    comparison = compare(loaded, reference, progress=progress)
     prompt = reference.windows.token_ids[0, :PROMPT_TOKENS]
     speed = measure(loaded, prompt, decode_tokens=DECODE_TOKENS)
     conversion = _conversion(model)

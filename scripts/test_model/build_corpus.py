@@ -166,7 +166,7 @@ def main() -> None:
     for name, array in arrays.items():
         array.tofile(args.work / f"{name}.bin")
     shipped = {
-        "docs-train.txt": PAGE_BREAK.join(page.text for page in parts["calibration"]) + "\n",
+        "docs-calib.txt": PAGE_BREAK.join(page.text for page in parts["calibration"]) + "\n",
         "docs-eval.txt": PAGE_BREAK.join(page.text for page in parts["eval"]) + "\n",
         "ood-eval.txt": jargon_text(unpacked),
     }
