@@ -38,9 +38,6 @@ from pipeline.workdir import WorkDirectory
 RUNTIME_BYTES = 1 << 30
 """Host memory that Python, torch and transformers take before any tensor (measured: 0.7 GiB)."""
 
-DENSE_FORMATS = frozenset({"nf4", "fp4", "int8", "dense"})
-"""Formats that the pipeline converts from; the others are results already."""
-
 PACKING_SLACK = 8
 """Elements that a packed matrix may seem to have on top of its own, from filling up a word."""
 
@@ -184,8 +181,8 @@ def _check_source(
     checkpoint: Checkpoint, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Every tensor that the model needs is there, convertible, and of the config's shape."""
-    formats = {w.format for w in checkpoint.weights.values()}
-    for known in sorted(formats - DENSE_FORMATS):
+    results = {w.format for n, w in checkpoint.weights.items() if not checkpoint.convertible(n)}
+    for known in sorted(results):
         raise CheckpointError(
             f"{checkpoint.path} is already quantised as {known}; split it as it is with"
             " `requant shard`"

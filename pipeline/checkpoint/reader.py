@@ -17,9 +17,16 @@ from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.header import FileHeader, read_header
 from pipeline.checkpoint.index import check_against, read_json, read_layout, resolve_inside
 from pipeline.checkpoint.problem import Problem
-from pipeline.checkpoint.stored import State, StorageFormat, StoredWeight, TensorEntry
+from pipeline.checkpoint.stored import (
+    PackedFormat,
+    State,
+    StorageFormat,
+    StoredWeight,
+    TensorEntry,
+)
 from pipeline.checkpoint.summary import Summary, summarise
 from pipeline.errors import CheckpointError
+from pipeline.quantize.tensor import QuantizedTensor
 
 LEGACY_CONFIG = "quantize_config.json"
 """Where AutoGPTQ kept what now stands in config.json's quantization_config."""
@@ -130,6 +137,31 @@ class Checkpoint:
         for group, values in zip(groups, decoded, strict=True):
             out[torch.tensor(group, device=device)] = values.to(dtype)
         return out
+
+    def convertible(self, name: str) -> bool:
+        """Whether the weight is a source to convert from, not a conversion's result already."""
+        return self._storage[self.weights[name].format].convertible
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the weight's format is one that `load_quantized` reads."""
+        return isinstance(self._storage[self.weights[name].format], PackedFormat)
+
+    def load_quantized(
+        self, names: Sequence[str], device: torch.device | str = "cpu"
+    ) -> QuantizedTensor:
+        """Matrices in their quantised form, as one batch `[N, out, in]` on `device`.
+
+        Raises CheckpointError, naming a tensor, for one that is missing, laid out otherwise than
+        the first or of a format that can only be decoded; NumericalError for NaN, Inf in scales.
+        """
+        weights = self._find(names)
+        storage = self._storage[weights[0].format]
+        if not isinstance(storage, PackedFormat):
+            raise CheckpointError(
+                f"{names[0]} is stored as {weights[0].format}, which can only be decoded"
+            )
+        parts = self.load_parts(names, device)
+        return storage.quantized(weights, _known(weights[0]), parts)
 
     def load_parts(
         self, names: Sequence[str], device: torch.device | str = "cpu"

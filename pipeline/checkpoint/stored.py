@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from pipeline.checkpoint.problem import Problem
 from pipeline.errors import CheckpointError, UserError
+from pipeline.quantize.tensor import QuantizedTensor
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -115,6 +116,8 @@ class StorageFormat(Protocol):
     name: str
     rank: int
     """Formats claim tensors in rising order; the plain one comes last and takes what is left."""
+    convertible: bool
+    """Whether weights of this format are a source to convert from; False: results already."""
 
     def claim(
         self, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]
@@ -149,6 +152,22 @@ class StorageFormat(Protocol):
         """What verification finds wrong in the values of weights laid out alike.
 
         `parts` as for `decode`, on the CPU; `config`: config.json.
+        """
+
+
+@runtime_checkable
+class PackedFormat(Protocol):
+    """A storage format whose weights can be multiplied by without being decoded."""
+
+    name: str
+
+    def quantized(
+        self, weights: Sequence[StoredWeight], state: State, parts: Mapping[str, Tensor]
+    ) -> QuantizedTensor:
+        """A batch `[N, out, in]` in its quantised form, on the device the parts are on.
+
+        Arguments as for `StorageFormat.decode`.  Raises CheckpointError naming the tensor for one
+        that can only be decoded, NumericalError for scales that are not finite.
         """
 
 

@@ -25,7 +25,7 @@ from pipeline.checkpoint.names import expert_of, natural
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.backends import Matrices
 from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
-from pipeline.hybrid.stored import is_quantized, read_quantized, stack_rows, to_matrices
+from pipeline.hybrid.stored import stack_rows, to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import (
@@ -58,7 +58,7 @@ def load(
     `hybrid_quantization` (config.json's quantization_config, which transformers must not see).
 
     Raises UserErrors: CheckpointError for a directory that is damaged, of an unknown architecture
-    or without GPTQ experts, ResourceError when the device's memory does not suffice.
+    or without packed experts, ResourceError when the device's memory does not suffice.
     """
     started = time.perf_counter()
     if dtype not in (torch.bfloat16, torch.float32):
@@ -112,7 +112,8 @@ class _Loader:
             if any(pattern.search(name) for pattern in ignored) or expert_of(name):
                 continue
             linear = isinstance(modules.get(name.removesuffix(".weight")), nn.Linear)
-            (self.linears if linear and is_quantized(weight) else self.dense).append(weight)
+            packed = linear and self.checkpoint.is_packed(name)
+            (self.linears if packed else self.dense).append(weight)
 
     def check_memory(self, limit: int | None) -> None:
         """ResourceError when what goes to the device is more than `limit` or than is free."""
@@ -174,7 +175,7 @@ class _Loader:
         rows, columns = old.out_features, old.in_features
         self._check_shape(weight.name, (rows, columns))
         matrix = self._pack(
-            "linears", module, read_quantized(self.checkpoint, [weight.name], self.device)
+            "linears", module, self.checkpoint.load_quantized([weight.name], self.device)
         )
         self._bytes["quantized_linears"] += matrix.nbytes
         # the bias, if any, stays on meta here and comes with the dense tensors
@@ -196,7 +197,6 @@ class _Loader:
     def _fill_experts(self, layer: int) -> None:
         """Read a layer's experts, each kind of matrix as one batch, and pack them."""
         architecture, geometry = self.architecture, self.geometry
-        cpu = torch.device("cpu")
 
         def read(projection: str, shape: tuple[int, int]) -> QuantizedTensor:
             names = [
@@ -205,7 +205,7 @@ class _Loader:
             ]
             self._check_expert(names[0])
             self._check_shape(names[0], shape)
-            return read_quantized(self.checkpoint, names, cpu)
+            return self.checkpoint.load_quantized(names)
 
         wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
         name = self._experts_name(layer)
@@ -230,10 +230,10 @@ class _Loader:
         weight = self.checkpoint.weights.get(name)
         if weight is None:
             raise CheckpointError(f"{self.checkpoint.path}: has no tensor {name}")
-        if not is_quantized(weight):
+        if not self.checkpoint.is_packed(name):
             raise CheckpointError(
                 f"{self.checkpoint.path}: experts are stored as {weight.format}, "
-                "the hybrid runtime reads GPTQ: requantise the model first"
+                "which the hybrid runtime cannot multiply by: requantise the model first"
             )
 
     def _check_shape(self, name: str, shape: tuple[int, int]) -> None:

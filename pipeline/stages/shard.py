@@ -46,8 +46,6 @@ UNIT = "shard"
 NONEXPERT_BYTES = 4 << 30
 """Largest non-expert shard."""
 
-UNQUANTIZED = frozenset({"dense", "nf4", "fp4", "int8"})
-
 Sizes = dict[FileRecord, dict[str, int]]
 """Files, each with its tensors and their bytes."""
 
@@ -230,7 +228,7 @@ def _check_experts(checkpoint: Checkpoint, a: Architecture, geometry: Geometry) 
             for projection in (a.gate, a.up, a.down):
                 name = f"{a.expert_module(layer, expert, projection)}.weight"
                 stored = checkpoint.weights.get(name)
-                if stored is None or stored.format in UNQUANTIZED:
+                if stored is None or checkpoint.convertible(name):
                     what = "missing" if stored is None else f"stored as {stored.format}"
                     raise CheckpointError(
                         f"{checkpoint.path}: expert tensor {name} is {what}; only GPTQ models can"

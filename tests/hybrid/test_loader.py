@@ -200,7 +200,7 @@ def _spoil(path, name, change):
             "model.layers.1.mlp.experts.2.down_proj.g_idx",
             lambda t: t.flip(0),
             CheckpointError,
-            "layers.1.mlp.experts.0.down_proj.*g_idx",
+            "layers.1.mlp.experts.2.down_proj.*g_idx",
         ),
     ],
 )

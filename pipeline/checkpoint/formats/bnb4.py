@@ -75,6 +75,7 @@ class Bnb4:
 
     name = "bnb4"
     rank = 10
+    convertible = True
 
     def claim(
         self, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]

@@ -35,6 +35,7 @@ class Bnb8:
 
     name = "int8"
     rank = 20
+    convertible = True
 
     def claim(
         self, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]

@@ -29,6 +29,7 @@ class Dense:
 
     name = "dense"
     rank = 100
+    convertible = True
 
     def claim(
         self, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]

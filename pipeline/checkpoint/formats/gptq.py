@@ -137,6 +137,7 @@ class Gptq:
 
     name = "gptq"
     rank = 30
+    convertible = False
 
     def claim(
         self, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]
@@ -237,6 +238,31 @@ class Gptq:
             self._check_groups(weights[start : start + step], packing.groups, some)
             out[start : start + step] = _dense(some, packing)
         return out
+
+    def quantized(
+        self, weights: Sequence[StoredWeight], state: State, parts: Mapping[str, Tensor]
+    ) -> QuantizedTensor:
+        """See `pipeline.checkpoint.stored.PackedFormat`; refuses columns out of order."""
+        require_finite(parts["scales"], [weight.name for weight in weights], "scales")
+        packing: Packing = state.details
+        columns = state.shape[1]
+        if columns % packing.groups:
+            raise CheckpointError(
+                f"{weights[0].name}: {packing.groups} groups do not divide {columns} inputs"
+            )
+        group = -1 if packing.groups == 1 else columns // packing.groups
+        scheme = AffineScheme(packing.bits, group, False)
+        try:
+            arrays = unpack(parts, scheme, packing.version).arrays
+        except CheckpointError:
+            for i, weight in enumerate(weights):  # the batch does not tell which one it is
+                try:
+                    unpack({k: v[i] for k, v in parts.items()}, scheme, packing.version)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{weight.name}: {error}") from error
+            raise
+        symmetric = bool((arrays["zeros"] == 1 << (packing.bits - 1)).all())
+        return QuantizedTensor(AffineScheme(packing.bits, group, symmetric), arrays)
 
     def problems(
         self,
