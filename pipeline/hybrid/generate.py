@@ -8,12 +8,11 @@ from typing import TextIO
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from pipeline.errors import CheckpointError, UserError
+from pipeline.calibration import load_tokenizer
+from pipeline.errors import UserError
 from pipeline.hybrid.loader import load
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class _Stream(TextStreamer):
@@ -43,14 +42,11 @@ def stream_text(
     """Write the continuation of `prompt` to `out`; return tokens per second after the first token.
 
     Greedy, or as the directory's generation_config.json says; 0.0 when a single token ended it.
-    Raises CheckpointError for a directory without a tokenizer, UserError for an empty prompt, and
-    what `load` raises.
+    Raises CheckpointError for a tokenizer that is missing or damaged, UserError for an empty
+    prompt, and what `load` raises.
     """
     path = Path(model)
-    if not any((path / name).exists() for name in _TOKENIZERS):
-        # transformers would make an empty tokenizer from config.json alone
-        raise CheckpointError(f"{path}: has no {_TOKENIZERS[0]}; copy the tokenizer files there")
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = load_tokenizer(path)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if not ids.numel():
         raise UserError("the prompt has no tokens: give at least a word")

@@ -42,5 +42,9 @@ def test_refusals(directory, tmp_path):
     with pytest.raises(UserError, match="no tokens"):
         stream_text(directory, "", 3, None, io.StringIO())
     shutil.copy(directory / "config.json", tmp_path)
-    with pytest.raises(CheckpointError, match="tokenizer"):
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
         stream_text(tmp_path, PROMPT, 3, None, io.StringIO())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded") as caught:
+        stream_text(tmp_path, PROMPT, 3, None, io.StringIO())
+    assert "\n" not in str(caught.value)
