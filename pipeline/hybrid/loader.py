@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -32,10 +31,12 @@ from pipeline.models.skeleton import (
     architecture_of,
     assign,
     build_skeleton,
+    geometry_of,
     model_config,
     rotary_embedding,
 )
 from pipeline.quantize.tensor import QuantizedTensor
+from pipeline.sizes import parse_size
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def load(
     started = time.perf_counter()
     if dtype not in (torch.bfloat16, torch.float32):
         raise UserError(f"dtype {dtype} is not supported: use torch.bfloat16 or torch.float32")
-    limit = _parse_size(device_memory)
+    limit = None if device_memory is None else parse_size(device_memory)
     target = _choose_device(device)
     checkpoint = Checkpoint.open(path)
     loader = _Loader(checkpoint, target, dtype)
@@ -91,10 +92,7 @@ class _Loader:
         self.dtype = dtype
         where = str(checkpoint.path)
         self.architecture: Architecture = architecture_of(checkpoint.config, where)
-        try:
-            self.geometry: Geometry = self.architecture.geometry(checkpoint.config)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{where}: config.json lacks or garbles {error}") from error
+        self.geometry: Geometry = geometry_of(self.architecture, checkpoint.config, where)
         self.model = build_skeleton(model_config(checkpoint.config), dtype)
         self.linears: list[StoredWeight] = []
         self.dense: list[StoredWeight] = []
@@ -259,15 +257,6 @@ def _choose_device(device: torch.device | str | None) -> torch.device:
             return torch.device("cpu")
         device = torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)
-
-
-def _parse_size(size: str | int | None) -> int | None:
-    if size is None:
-        return None
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(size))
-    except ValidationError as error:
-        raise UserError(f"device_memory {size!r} is not a size: use one such as 10GiB") from error
 
 
 def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:

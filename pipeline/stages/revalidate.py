@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.calibration import load_tokenizer, read_text, tokenize
 from pipeline.checkpoint.reader import Checkpoint
@@ -20,6 +19,7 @@ from pipeline.evaluate.windows import Windows, sliding_windows
 from pipeline.models.skeleton import architecture_of
 from pipeline.progress import announce_rarely
 from pipeline.recipe import Thresholds, Validate, parse_recipe
+from pipeline.sizes import parse_size
 from pipeline.stages.source import record_source
 from pipeline.stages.units import REFERENCE_FILE
 from pipeline.stages.validate import REPORT_FILE, existing_report, validate_model
@@ -73,14 +73,6 @@ def _thresholds(model: Path) -> Mapping[str, float | None]:
         recipe = parse_recipe(yaml.safe_load(path.read_text()), str(path))
         return recipe.validate_.thresholds.model_dump()
     return Thresholds().model_dump()
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 10GiB; RecipeError for anything else."""
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise RecipeError(f"{text!r} is not a size; give one such as 10GiB") from None
 
 
 def _windows(model: Path, text: Path | None) -> tuple[Windows, dict[str, str]]:

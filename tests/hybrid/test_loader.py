@@ -163,6 +163,9 @@ def test_refusals(experts_only, damaged):
         hybrid.load(MICRO)
     with pytest.raises(UserError, match="cannot be saved"):
         hybrid.load(experts_only).save_pretrained(damaged)
+    _edit_json(damaged / "config.json", lambda t: t.update(num_experts=0))
+    with pytest.raises(CheckpointError, match="malformed: its sizes are impossible"):
+        hybrid.load(damaged)
     _edit_json(damaged / "config.json", lambda t: t.update(model_type="gpt2"))
     with pytest.raises(CheckpointError, match="'gpt2' is not supported"):
         hybrid.load(damaged)
