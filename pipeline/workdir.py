@@ -158,10 +158,6 @@ class WorkDirectory:
             return {}
         return fingerprint
 
-    def used_bytes(self) -> int:
-        """Disk that unfinished work takes already."""
-        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
-
     def finish(
         self, unit: str, outputs: Sequence[FileRecord], seconds: float, data: Mapping[str, Any]
     ) -> Marker:
