@@ -7,6 +7,8 @@ directory gets its final name.  `split_existing` does the same for a GPTQ model 
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +26,11 @@ from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, MappedFile, bu
 from pipeline.checkpoint.split import experts_file, plan_split
 from pipeline.checkpoint.sums import write_sums
 from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
-from pipeline.errors import CheckpointError, OutputError
+from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import architecture_of, geometry_of
+from pipeline.progress import size
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.report.build import with_digest
 from pipeline.stages.context import Context, Job
@@ -202,10 +205,13 @@ def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -
     depth = (architecture.layer_prefix(0) + architecture.experts).count(".") + 1
     for name in checkpoint.entries:
         owners[name] = prefixes.get(".".join(name.split(".")[:depth]) + ".")
+    made = {"split": str(model.resolve())}
     with WorkDirectory(output.absolute()) as work:
         work.recover()
+        _refuse_conversion(work, made)
+        _check_disk(work.output, sum(entry.nbytes for entry in checkpoint.entries.values()))
         work.clear()
-        work.open({"split": str(model.resolve())})
+        work.open(made)
         experts: dict[FileRecord, tuple[int, dict[str, int]]] = {}
         for layer in geometry.moe_layers:
             announce(f"layer {layer + 1} of {geometry.layers}")
@@ -219,6 +225,26 @@ def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -
         copy_side_files(model, work.root)
         seal(work.root, [*sealed, *nonexpert, *experts])
         work.publish()
+
+
+def _refuse_conversion(work: WorkDirectory, made: Mapping[str, Any]) -> None:
+    """A split may replace a split, finished or not; never what a conversion took hours to make."""
+    done = work.output / CONVERSION
+    if done.is_file() and json.loads(done.read_text()).get("kind") != "split":
+        raise OutputError(f"{work.output} holds a converted model; choose another --output")
+    if work.begun and work.fingerprint() != made:
+        raise OutputError(
+            f"{work.root} holds unfinished work of another run; choose another --output"
+        )
+
+
+def _check_disk(output: Path, need: int) -> None:
+    parent = output.parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise ResourceError(f"{parent} has {size(free)} free, the split model takes {size(need)}")
 
 
 def _check_experts(checkpoint: Checkpoint, a: Architecture, geometry: Geometry) -> None:

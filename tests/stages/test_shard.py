@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from support.recipes import digests
 from pipeline import hybrid
 from pipeline.checkpoint.shard_map import read_shard_map
 from pipeline.checkpoint.verify import verify_directory
-from pipeline.errors import CheckpointError, OutputError
+from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.stages import shard
 from pipeline.stages.shard import split_existing
 
@@ -161,3 +162,23 @@ def test_nonexpert_shards_are_bounded(tmp_path, monkeypatch):
         assert sum(t.nbytes for t in load_file(file).values()) <= 1000
         found |= load_file(file)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_conversion_is_never_replaced(single, project):
+    """Neither a finished one nor the work of one that is under way."""
+    project.run(until="requantize")
+    with pytest.raises(OutputError, match="unfinished work of another run"):
+        split_existing(single, project.output, lambda _line: None)
+    assert project.partial.is_dir()
+    project.run(until="shard")
+    before = digests(project.output)
+    with pytest.raises(OutputError, match="holds a converted model"):
+        split_existing(single, project.output, lambda _line: None)
+    assert digests(project.output) == before
+
+
+def test_no_room_for_a_split(single, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError, match="1000 B free"):
+        split_existing(single, tmp_path / "split", lambda _line: None)
+    assert not (tmp_path / "split.partial").exists()
