@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from pipeline.calibration import read_text
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import CheckpointError, RecipeError, ResourceError
 from pipeline.models import Architecture
@@ -38,6 +39,12 @@ from pipeline.workdir import WorkDirectory
 RUNTIME_BYTES = 1 << 30
 """Host memory that Python, torch and transformers take before any tensor (measured: 0.7 GiB)."""
 
+BYTES_PER_SECOND = 1e9
+"""Reading with a checksum, or writing, with a warm page cache or an NVMe disk."""
+
+JOB_SECONDS = 0.5
+"""What any job takes, however small: launches, small tensors, file operations."""
+
 PACKING_SLACK = 8
 """Elements that a packed matrix may seem to have on top of its own, from filling up a word."""
 
@@ -48,16 +55,21 @@ class Plan:
 
     jobs: tuple[Job, ...]
     device: str
-    seconds: float
-    """Estimate for all jobs on this machine, from a short probe of its matrix rate."""
+    matrix_rate: float
+    """Operations a second in float32 products on this machine, from a short probe."""
     disk_bytes: int
     host_bytes: int
     device_bytes: int
 
+    @property
+    def seconds(self) -> float:
+        """Estimate for all jobs."""
+        return sum(self.job_seconds(job) for job in self.jobs)
+
     def job_seconds(self, job: Job) -> float:
-        """A job's share of the estimate."""
-        total = sum(_work(j) for j in self.jobs)
-        return self.seconds * _work(job) / total if total else 0.0
+        """Estimate for one job: its operations at the probed rate, its bytes, and its start."""
+        moved = job.bytes_read + job.bytes_written + job.bytes_scratch
+        return job.flops / self.matrix_rate + moved / BYTES_PER_SECOND + JOB_SECONDS
 
 
 def prepare(recipe: Recipe, text: str) -> Context:
@@ -70,6 +82,8 @@ def prepare(recipe: Recipe, text: str) -> Context:
     architecture = architecture_of(checkpoint.config, str(source))
     geometry = geometry_of(architecture, checkpoint.config, str(source))
     _check_recipe(recipe, architecture)
+    for text_file in (*recipe.calibration.sources, recipe.validate_.text):
+        read_text(text_file)  # refuses what is missing, empty or not UTF-8
     shapes = _expected_shapes(checkpoint, architecture, geometry)
     _check_source(checkpoint, architecture, shapes)
     _check_groups(recipe, architecture, geometry, shapes)
@@ -90,7 +104,7 @@ def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
     result = Plan(
         jobs=jobs,
         device=str(context.device),
-        seconds=_seconds(jobs, context.device),
+        matrix_rate=_matrix_rate(context.device),
         disk_bytes=sum(job.bytes_written for job in jobs) + max(j.bytes_scratch for j in jobs),
         host_bytes=RUNTIME_BYTES + max(job.host_bytes for job in jobs),
         device_bytes=max(job.device_bytes for job in jobs),
@@ -108,7 +122,7 @@ def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
 def as_dict(made: Plan) -> dict[str, Any]:
     """A plan as plain JSON types, a job's share of the estimate with each job."""
     jobs = [asdict(job) | {"seconds": made.job_seconds(job)} for job in made.jobs]
-    return asdict(made) | {"jobs": jobs}
+    return asdict(made) | {"seconds": made.seconds, "jobs": jobs}
 
 
 def locate(model: str, revision: str | None = None) -> Path:
@@ -239,30 +253,22 @@ def _check_groups(
             )
 
 
-def _work(job: Job) -> float:
-    """A job's cost in arbitrary units: operations, and bytes at 200 operations each."""
-    moved = job.bytes_read + job.bytes_written + job.bytes_scratch
-    return job.flops + 200.0 * moved + 1e6
+def _matrix_rate(device: torch.device) -> float:
+    """Operations a second in float32 products, from a probe of some 0.3 s.
 
-
-def _seconds(jobs: tuple[Job, ...], device: torch.device) -> float:
-    """An estimate from a probe of 0.2 s: the rate of bf16 products of the size that experts have.
-
-    The best of many tries counts, as whatever else the machine does only slows them.  Real layers
-    reach about a third of that rate, measured on the shipped model.
+    Statistics and solving are such products and take most of the time: the shipped model's
+    conversion reaches this rate over all its operations.  The best of several tries counts, as
+    whatever else the machine does only slows them.
     """
-    n = 512
-    a = torch.randn(n, n, device=device).to(torch.bfloat16)
+    n = 1024
+    a = torch.randn(n, n, device=device)
     (a @ a).sum().item()
     best = float("inf")
-    deadline = time.perf_counter() + 0.2
+    deadline = time.perf_counter() + 0.3
     while (started := time.perf_counter()) < deadline:
-        for _ in range(8):
-            b = a @ a
-        b.sum().item()
+        (a @ a).sum().item()
         best = min(best, time.perf_counter() - started)
-    rate = 8 * 2.0 * n**3 / best
-    return sum(_work(job) for job in jobs) / (rate / 3)
+    return 2.0 * n**3 / best
 
 
 def _check_disk(result: Plan, context: Context) -> None:

@@ -103,7 +103,9 @@ def test_run(project, cli):
     for words in ("quantised perplexity", "KL divergence", "top-1 agreement", "decode, tokens/s"):
         assert words in answer.out
     assert answer.out.splitlines()[-1] == f"report: {project.output}/report.json"
-    lines = answer.err.splitlines()
+    *lines, device, advice = answer.err.splitlines()
+    assert device == "no GPU was found: both parts ran on the CPU"
+    assert "pipeline.hybrid.load" in advice and "random" in advice
     assert [line.split("] ")[1] for line in lines] == [
         "dequantize: check",
         "requantize: layer 1 of 2 (linear attention)",

