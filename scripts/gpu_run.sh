@@ -4,7 +4,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=0
 step() { printf '\n## %s\n' "$*"; }
+check() { "$@" || { failed=1; echo "FAILED: $*"; }; }
 
 step "machine"
 date -u +%Y-%m-%dT%H:%MZ
@@ -13,18 +15,21 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python3 -m pipeline doctor
 
 step "tests marked gpu"
-python3 -m pytest tests -m gpu -p no:cacheprovider -rs
+check python3 -m pytest tests -m gpu -p no:cacheprovider -rs
 
 step "the demo recipe, unchanged"
 rm -rf out/demo
-time python3 -m pipeline run recipes/demo.yaml
-cp out/demo/report.json "${OUT:-out}/report-gpu.json" 2>/dev/null
+time check python3 -m pipeline run recipes/demo.yaml
 
 step "quality"
-time python3 scripts/bench_quality.py
+time check python3 scripts/bench_quality.py
 
 step "dequantise throughput"
-python3 scripts/bench_dequantize.py --device cuda --experts 512
+check python3 scripts/bench_dequantize.py --device cuda --experts 512
 
 step "solver"
-python3 scripts/bench_solver.py --device cuda --experts 512 --out 1024 --in 2048 --loop-experts 8
+for shape in "--out 1024 --in 2048" "--out 2048 --in 512"; do
+    # shellcheck disable=SC2086  # two words each
+    check python3 scripts/bench_solver.py --device cuda --experts 512 --loop-experts 8 $shape
+done
+exit "$failed"
