@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,11 +143,7 @@ class _Loader:
         for layer in self.geometry.moe_layers:
             self._fill_experts(layer)
         if self._rounded:
-            log.info(
-                "scales of %d weights, %s first, were rounded to bfloat16 (up to 0.4 %%)",
-                len(self._rounded),
-                self._rounded[0],
-            )
+            _tell_rounded(str(self.checkpoint.path), len(self._rounded), self._rounded[0])
         path = self.checkpoint.path
         self.model.config.name_or_path = self.model.name_or_path = str(path)
         if (path / "generation_config.json").exists():
@@ -253,10 +250,25 @@ class _Loader:
 def _choose_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         if not torch.cuda.is_available():
-            log.info("no GPU found: the whole model runs on the CPU")
+            _tell_no_gpu()
             return torch.device("cpu")
         device = torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)
+
+
+@cache  # once per process
+def _tell_no_gpu() -> None:
+    log.warning("no GPU found: the whole model runs on the CPU")
+
+
+@cache  # once per process and model
+def _tell_rounded(path: str, count: int, first: str) -> None:
+    log.warning(
+        "%s: scales of %d weights, %s first, were rounded to bfloat16 (up to 0.4 %%)",
+        path,
+        count,
+        first,
+    )
 
 
 def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:
