@@ -1,6 +1,8 @@
 """Makes small model directories of every kind for the tests of this room."""
 
 import json
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -9,6 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CONFIG = {"model_type": "qwen3_next", "num_experts": 4, "dtype": "bfloat16"}
+INDEX = "model.safetensors.index.json"
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def two_files() -> dict[str, dict[str, Tensor]]:
+    """A model in two files: a dense module, and a 4-bit matrix."""
+    return {
+        ONE: {"a.weight": torch.randn(8, 16, dtype=torch.bfloat16), "a.bias": torch.randn(8)},
+        TWO: four_bit("b.weight", torch.randn(32, 64)),
+    }
 
 
 def write_model(
@@ -53,6 +65,14 @@ def eight_bit(module: str, weight: Tensor) -> dict[str, Tensor]:
     codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
     layout = torch.tensor(0, dtype=torch.uint8)
     return {f"{module}.weight": codes, f"{module}.SCB": scales, f"{module}.weight_format": layout}
+
+
+def write_raw(
+    path: Path, header: Mapping[str, object] | bytes, data: bytes = b"", length: int | None = None
+) -> None:
+    """A safetensors file with any header, of any pretended length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
 def truncate_to_header(path: Path) -> None:
