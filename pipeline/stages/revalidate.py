@@ -18,7 +18,7 @@ from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.windows import Windows, sliding_windows
 from pipeline.models.skeleton import architecture_of
 from pipeline.progress import announce_rarely
-from pipeline.recipe import Thresholds, Validate, parse_recipe
+from pipeline.recipe import Recipe, Thresholds, Validate, parse_recipe
 from pipeline.sizes import parse_size
 from pipeline.stages.source import record_source
 from pipeline.stages.units import REFERENCE_FILE
@@ -44,7 +44,8 @@ def revalidate(
     if text is not None and source is None:
         raise RecipeError("--text goes with --source: the record in a model is of its own text")
     memory = parse_size(device_memory)
-    use_threads()
+    recipe = _recipe(model)
+    use_threads(recipe.limits.threads if recipe else None)
     reference = None
     if source is not None:
         windows, labels = _windows(model, text)
@@ -53,7 +54,7 @@ def revalidate(
     report = validate_model(
         model,
         device_memory=memory,
-        thresholds=_thresholds(model),
+        thresholds=_thresholds(model, recipe),
         reference=reference,
         progress=announce_rarely(announce),
     )
@@ -62,17 +63,21 @@ def revalidate(
     return report
 
 
-def _thresholds(model: Path) -> Mapping[str, float | None]:
+def _recipe(model: Path) -> Recipe | None:
+    """The recipe that made the model, if it is one of ours."""
+    path = model / "recipe.resolved.yaml"
+    if not path.is_file():
+        return None
+    return parse_recipe(yaml.safe_load(path.read_text()), str(path))
+
+
+def _thresholds(model: Path, recipe: Recipe | None) -> Mapping[str, float | None]:
     """Those of the last report, of the recipe that made the model, or the defaults."""
     report = existing_report(model)
     if report is not None and report.get("thresholds"):
         previous: dict[str, float | None] = report["thresholds"]
         return previous
-    path = model / "recipe.resolved.yaml"
-    if path.is_file():
-        recipe = parse_recipe(yaml.safe_load(path.read_text()), str(path))
-        return recipe.validate_.thresholds.model_dump()
-    return Thresholds().model_dump()
+    return (recipe.validate_.thresholds if recipe else Thresholds()).model_dump()
 
 
 def _windows(model: Path, text: Path | None) -> tuple[Windows, dict[str, str]]:
