@@ -2,7 +2,7 @@
 
 It shares nothing with the package: own header parse, own code tables, own unpacking, everything
 in float32 or float64, one matrix at a time.  Sources:
-  safetensors   https://huggingface.co/docs/safetensors (8 bytes length, JSON, data)
+  safetensors   its own documentation (8 bytes length, JSON, data)
   NF4           QLoRA, https://arxiv.org/abs/2305.14314, appendix E
   FP4           bitsandbytes' documentation of the type: sign, two exponent bits, one mantissa bit,
                 values {0, 0.0625, 8, 12, 4, 6, 2, 3} / 12 in the order of the three lower bits
