@@ -2,7 +2,7 @@
 
 The format: 8 bytes little-endian header length n, n bytes of JSON
 `{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}`, then the
-tensors without gaps (its own documentation says so).  Written here, not taken from the
+tensors without gaps (safetensors documentation).  Written here, not taken from the
 safetensors package, because that one opens no file that ends after its header, tells little about
 what is wrong, and hands out tensors, not byte ranges.
 """
