@@ -24,7 +24,7 @@ from pipeline.checkpoint.index import INDEX_NAME, build_index
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, MappedFile, build_shard_map
 from pipeline.checkpoint.split import experts_file, plan_split
-from pipeline.checkpoint.sums import write_sums
+from pipeline.checkpoint.sums import read_sums, sealed_files, write_sums
 from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.models import Architecture
@@ -232,6 +232,11 @@ def _refuse_conversion(work: WorkDirectory, made: Mapping[str, Any]) -> None:
     done = work.output / CONVERSION
     if done.is_file() and json.loads(done.read_text()).get("kind") != "split":
         raise OutputError(f"{work.output} holds a converted model; choose another --output")
+    if done.is_file():
+        known = read_sums(work.output)
+        strange = [name for name in sealed_files(work.output) if name not in known]
+        if strange:
+            raise OutputError(f"{work.output} holds {strange[0]}, which is not ours; move it away")
     if work.begun and work.fingerprint() != made:
         raise OutputError(
             f"{work.root} holds unfinished work of another run; choose another --output"

@@ -182,3 +182,12 @@ def test_no_room_for_a_split(single, tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="1000 B free"):
         split_existing(single, tmp_path / "split", lambda _line: None)
     assert not (tmp_path / "split.partial").exists()
+
+
+def test_a_users_file_beside_a_split_is_kept(single, tmp_path):
+    split_existing(single, tmp_path / "split", lambda _line: None)
+    note = tmp_path / "split" / "notes.txt"
+    note.write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt, which is not ours"):
+        split_existing(single, tmp_path / "split", lambda _line: None)
+    assert note.read_text() == "mine"
