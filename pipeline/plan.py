@@ -42,6 +42,9 @@ RUNTIME_BYTES = 1 << 30
 BYTES_PER_SECOND = 1e9
 """Reading with a checksum, or writing, with a warm page cache or an NVMe disk."""
 
+EFFICIENCY = 1 / 3
+"""Part of the probed rate that a conversion reaches: the demo on two CPU cores; on GPUs a guess."""
+
 JOB_SECONDS = 0.5
 """What any job takes, however small: launches, small tensors, file operations."""
 
@@ -69,7 +72,7 @@ class Plan:
     def job_seconds(self, job: Job) -> float:
         """Estimate for one job: its operations at the probed rate, its bytes, and its start."""
         moved = job.bytes_read + job.bytes_written + job.bytes_scratch
-        return job.flops / self.matrix_rate + moved / BYTES_PER_SECOND + JOB_SECONDS
+        return job.flops / (EFFICIENCY * self.matrix_rate) + moved / BYTES_PER_SECOND + JOB_SECONDS
 
 
 def prepare(recipe: Recipe, text: str) -> Context:
@@ -256,9 +259,8 @@ def _check_groups(
 def _matrix_rate(device: torch.device) -> float:
     """Operations a second in float32 products, from a probe of some 0.3 s.
 
-    Statistics and solving are such products and take most of the time: the shipped model's
-    conversion reaches this rate over all its operations.  The best of several tries counts, as
-    whatever else the machine does only slows them.
+    Statistics and solving are such products and take most of the time.  The best of several tries
+    counts, as whatever else the machine does only slows them.
     """
     n = 1024
     a = torch.randn(n, n, device=device)
