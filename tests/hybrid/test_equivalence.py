@@ -35,12 +35,16 @@ SCHEMES = [
 
 @pytest.fixture(scope="module")
 def token_ids():
-    """Passages of held-out text, [6, 192], other ones every time."""
+    """Passages of held-out text, [24, 192], other ones every time.
+
+    So many because the errors are heavy-tailed: one token that bf16 routes to another expert weighs
+    as much as a thousand others, and a quarter of the passages gave ratios from 0.8 to 1.5.
+    """
     tokenizer = AutoTokenizer.from_pretrained(TRAINED)
     text = TEXT.read_text(encoding="utf-8")
     start = int(torch.randint(len(text) - 60_000, ()))
     tokens = torch.tensor(tokenizer(text[start : start + 60_000]).input_ids)
-    starts = torch.randint(tokens.numel() - 192, (6,)).tolist()
+    starts = torch.randint(tokens.numel() - 192, (24,)).tolist()
     return torch.stack([tokens[s : s + 192] for s in starts])
 
 
