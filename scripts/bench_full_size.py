@@ -1,0 +1,222 @@
+"""Converts a synthetic checkpoint of true geometry and says what it took: time, memory, parts.
+
+    python scripts/bench_full_size.py --layers 2 --profile         # where a layer's time goes
+    python scripts/bench_full_size.py --layers 4 --trace           # kernels, by torch.profiler
+    python scripts/bench_full_size.py                              # all 48 layers
+    python scripts/bench_full_size.py --method rtn
+    python scripts/bench_full_size.py --device cpu --layers 1 --samples 8 --threads 2
+
+The source is generated into a memory file system first (--source keeps and reuses a directory); the
+result goes to disk and is verified and deleted.  End to end means: from a source whose headers have
+not been read to a verified output directory.  One process makes one conversion, so that peaks are
+its own.  The last line is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from layer_clock import HostPeak, LayerClock
+from make_synthetic_checkpoint import write_checkpoint
+from synthetic_geometries import MODELS
+
+from pipeline.checkpoint.verify import verify_directory
+from pipeline.recipe import parse_recipe
+from pipeline.run import run
+
+ROOT = Path(__file__).parents[1]
+PLACES = {
+    "pipeline.stages.dequantize:Dequantize.run": "check and checksum of the source",
+    "pipeline.stages.requantize:LayerStream.load_dense": "dense tensors: read, decode",
+    "pipeline.stages.requantize:LayerStream.record": "forward of a stream's dense parts",
+    "pipeline.stages.requantize:LayerStream.build_layer": "layer's module",
+    "pipeline.stages.requantize:decode_tile": "experts: read, decode",
+    "pipeline.checkpoint.files:TensorFiles.stack": "experts: read",
+    "pipeline.stages.requantize:add_output": "experts' outputs",
+    "pipeline.stages.requantize:sort_by_expert": "sort by expert",
+    "pipeline.stages.requantize:Requantize._layer_statistics": "layer's statistics",
+    "pipeline.stages.requantize:solve_tile": "solve: all else",
+    "pipeline.stages.experts:routed_hessians": "solve: Hessians",
+    "pipeline.stages.experts:routed_drift": "solve: drift",
+    "pipeline.stages.experts:corrected": "solve: correction",
+    "pipeline.stages.experts:_inner_of": "solve: inputs of down",
+    "pipeline.stages.experts:_quantize": "solve: quantiser",
+    "pipeline.stages.requantize:Requantize._packed": "pack, copy to host",
+    "pipeline.stages.requantize:Requantize._layer": "layer: all else",
+    "pipeline.stages.requantize:Requantize._wait": "waiting for the writer",
+    "pipeline.stages.requantize:Requantize._write": "write: all else",
+    "pipeline.stages.requantize:write_safetensors": "write: checksum, file, fsync",
+    "pipeline.stages.requantize:Requantize._record_reference": "reference",
+    "pipeline.stages.shard:Shard.run": "shard",
+}
+
+
+def recipe_of(args: argparse.Namespace, source: Path, output: Path) -> dict[str, Any]:
+    """The 80B recipe with the numbers of the command line."""
+    return {
+        "source": {"model": str(source)},
+        "output": {"path": str(output)},
+        "requantize": {"method": args.method, "error_correction": not args.no_correction},
+        "calibration": {
+            "sources": [str(ROOT / "calibration" / "docs-calib.txt")],
+            "samples": args.samples,
+            "sequence_length": args.length,
+        },
+        "validate": {
+            "text": str(ROOT / "calibration" / "docs-eval.txt"),
+            "window": args.length,
+            "stride": args.length // 2,
+            "max_windows": args.windows,
+        },
+        "limits": {
+            "device_memory": args.device_memory,
+            "host_memory": args.host_memory,
+            "threads": args.threads,
+        },
+    }
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--geometry", choices=list(MODELS), default="qwen3-next-80b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--experts", type=int)
+    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--no-correction", action="store_true")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--source", type=Path, help="reused if it is there, kept afterwards")
+    parser.add_argument("--source-root", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--output-root", type=Path, default=ROOT / "out")
+    parser.add_argument("--device-memory", default="24GiB")
+    parser.add_argument("--host-memory", default="24GiB")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--profile", action="store_true", help="split time over named functions")
+    parser.add_argument("--trace", action="store_true", help="kernels of the second layer")
+    parser.add_argument("--keep", action="store_true", help="keep the result")
+    parser.add_argument("--no-verify", action="store_true")
+    return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace, source: Path, output: Path) -> dict[str, Any]:
+    """Convert and verify; returns the figures."""
+    data = recipe_of(args, source, output)
+    recipe = parse_recipe(data, "the benchmark's recipe")
+    figures: dict[str, Any] = {}
+    with HostPeak() as host:
+        started = time.perf_counter()
+        run(recipe, json.dumps(data), until="shard", quiet=False)
+        figures["convert_seconds"] = time.perf_counter() - started
+        if not args.no_verify:
+            problems = verify_directory(output)
+            for problem in problems[:10]:
+                print(problem)
+            figures["verified"] = not problems
+        figures["end_to_end_seconds"] = time.perf_counter() - started
+    conversion = json.loads((output / "conversion.json").read_text())
+    figures["stages"] = conversion["stages"]
+    figures["layer_seconds"] = [layer.get("seconds") for layer in conversion["layers"]]
+    figures["host_anonymous_gib"] = host.anonymous / 2**30
+    figures["host_pinned_gib"] = host.pinned / 2**30
+    figures["least_free_host_gib"] = host.free_at_least / 2**30
+    if torch.cuda.is_available():
+        figures["device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        figures["device_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    written = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+    figures["output_gb"] = written / 1e9
+    return figures
+
+
+def trace_second_layer() -> list[Any]:
+    """Profile the second layer with torch.profiler; the list gets the profile once it is done."""
+    stage = sys.modules["pipeline.stages.requantize"].Requantize
+    original = stage._layer
+    found: list[Any] = []
+
+    def traced(self: Any, layer: int, streams: Any) -> Any:  # noqa: ANN401
+        if layer != 1:
+            return original(self, layer, streams)
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=kinds) as profile:
+            result = original(self, layer, streams)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        found.append(profile)
+        return result
+
+    stage._layer = traced
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Generate, convert, verify, print."""
+    args = arguments(argv)
+    model = MODELS[args.geometry].cut(args.layers, args.experts)
+    name = f"{model.name}-{model.layers}x{model.experts}"
+    source = args.source or args.source_root / f"requant-bench-{name}"
+    output = args.output_root / f"bench-{name}-{args.method}"
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M}Z commit {_commit()}, {gpu}")
+    print(f"python {platform.python_version()}")
+    print(", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "bitsandbytes")))
+    figures: dict[str, Any] = {"layers": model.layers, "experts": model.experts}
+    figures |= {"method": args.method, "tokens": args.samples * args.length}
+    if not source.exists():
+        started = time.perf_counter()
+        total = write_checkpoint(model, source, seed=0, headers_only=False, threads=16)
+        seconds = time.perf_counter() - started
+        figures |= {"generate_seconds": seconds, "generate_gb_per_second": total / seconds / 1e9}
+    clock = LayerClock(PLACES) if args.profile else None
+    profiles = trace_second_layer() if args.trace else []
+    try:
+        figures |= convert(args, source, output)
+    finally:
+        if clock is not None:
+            print(f"seconds a layer, mean of {model.layers}; each without the parts below it")
+            print(clock.table(model.layers))
+        for profile in profiles:
+            averages = profile.key_averages()
+            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            print(averages.table(sort_by=by, row_limit=28, max_name_column_width=60))
+            print(averages.table(sort_by="self_cpu_time_total", row_limit=14))
+        if not args.keep:
+            shutil.rmtree(output, ignore_errors=True)
+        if args.source is None:
+            shutil.rmtree(source, ignore_errors=True)
+    for key, value in figures.items():
+        if isinstance(value, float):
+            print(f"{key:24} {value:10.3f}")
+    print(json.dumps(figures))
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
