@@ -117,8 +117,8 @@ def run(
 ) -> None:
     """Convert, split, validate.  Resumes by itself.  Example: requant run recipes/demo.yaml"""
     from pipeline.recipe import load_recipe
+    from pipeline.report.build import PAGE_FILE, REPORT_FILE, existing_report
     from pipeline.run import run as execute
-    from pipeline.stages.validate import REPORT_FILE, existing_report
 
     wanted, text = load_recipe(recipe, overrides or [])
     context = execute(
@@ -134,7 +134,7 @@ def run(
         place = context.work.root if context.work.begun else context.output
         typer.echo(json.dumps({"result": str(place)}) if as_json else f"result: {place}")
         return
-    _finish(report, as_json, context.output / REPORT_FILE)
+    _finish(report, as_json, context.output / REPORT_FILE, context.output / PAGE_FILE)
 
 
 @app.command()
@@ -167,6 +167,19 @@ def validate(
     if json_file is not None:
         write_json(json_file, report)
     _finish(report, False, json_file)
+
+
+@app.command()
+def report(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option(help="write the page here, not into the model's directory")
+    ] = None,
+) -> None:
+    """Write report.html: what was measured and what was lost, as one page that opens offline."""
+    from pipeline.report.optional import write_page
+
+    typer.echo(f"page: {write_page(model, output)}")
 
 
 @app.command()
@@ -206,7 +219,10 @@ def _announce(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _finish(report: dict[str, Any], as_json: bool, path: Path | None) -> None:
+def _finish(
+    report: dict[str, Any], as_json: bool, path: Path | None, page: Path | None = None
+) -> None:
+    from pipeline.report.optional import MISSING
     from pipeline.report.tables import result_table, show
 
     if as_json:
@@ -215,6 +231,10 @@ def _finish(report: dict[str, Any], as_json: bool, path: Path | None) -> None:
         show(result_table(report))
         if path is not None:
             typer.echo(f"report: {path}")
+        if page is not None and page.is_file():
+            typer.echo(f"page: {page}")
+        elif page is not None:
+            _announce(MISSING)
         if report["machine"]["device"] == "cpu":
             _announce("no GPU was found: both parts ran on the CPU")
         _announce(

@@ -39,6 +39,9 @@ REPORT = {
 }
 """Keys that others rely on, and what they hold."""
 
+VERBS = ("doctor", "inspect", "plan", "run", "shard", "validate", "verify", "generate", "report")
+PLACES = {"report": "json", "page": "html"}
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, one_thread):
@@ -56,7 +59,7 @@ def test_version_and_help(cli):
     assert cli("--version").out == f"requant {__version__}\n"
     answer = cli("--help")
     assert answer.code == 0
-    for verb in ("doctor", "inspect", "plan", "run", "shard", "validate", "verify", "generate"):
+    for verb in VERBS:
         assert f"  {verb} " in answer.out
         assert cli(verb, "--help").code == 0
 
@@ -102,7 +105,8 @@ def test_run(project, cli):
     assert answer.code == 0, answer.err
     for words in ("quantised perplexity", "KL divergence", "top-1 agreement", "decode, tokens/s"):
         assert words in answer.out
-    assert answer.out.splitlines()[-1] == f"report: {project.output}/report.json"
+    places = [f"{name}: {project.output}/report.{name_of}" for name, name_of in PLACES.items()]
+    assert answer.out.splitlines()[-2:] == places
     *lines, device, advice = answer.err.splitlines()
     assert device == "no GPU was found: both parts ran on the CPU"
     assert "pipeline.hybrid.load" in advice and "random" in advice

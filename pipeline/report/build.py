@@ -8,24 +8,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate.metrics import Comparison
+import torch
+from torch import Tensor
+
+from pipeline.evaluate.metrics import Comparison, paired_bootstrap
 from pipeline.evaluate.speed import Speed
+
+REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
 
 
 def measured(comparison: Comparison, speed: Speed, load_seconds: float) -> dict[str, Any]:
     """The figures of a comparison and a speed measurement."""
-    interval = comparison.ratio_interval()
+    windows = comparison.windows
+    nothing = torch.zeros_like(windows.kl)
+
+    def interval(sums: Tensor, against: Tensor, exponent: bool = False) -> list[float]:
+        found = paired_bootstrap(sums, against, windows.count)
+        ends = [found.low, found.high]
+        return [math.exp(end) for end in ends] if exponent else ends
+
+    source, quantized = windows.source_nll, windows.quantized_nll
     return {
-        "source": {"perplexity": comparison.source_perplexity},
-        "quantized": {"perplexity": comparison.quantized_perplexity},
+        "source": {
+            "perplexity": comparison.source_perplexity,
+            "interval": interval(source, nothing, exponent=True),
+        },
+        "quantized": {
+            "perplexity": comparison.quantized_perplexity,
+            "interval": interval(quantized, nothing, exponent=True),
+        },
         "perplexity_ratio": comparison.perplexity_ratio,
-        "perplexity_ratio_interval": [interval.low, interval.high],
+        "perplexity_ratio_interval": interval(quantized, source, exponent=True),
         "kl_divergence": comparison.kl_divergence,
+        "kl_divergence_interval": interval(windows.kl, nothing),
         "top1_agreement": comparison.top1_agreement,
+        "top1_agreement_interval": interval(windows.agreed, nothing),
         "scored_tokens": int(comparison.windows.count.sum()),
         "decode_tokens_per_second": speed.decode_tokens_per_second,
         "prefill_tokens_per_second": speed.prefill_tokens_per_second,
@@ -71,3 +95,13 @@ def with_digest(report: Mapping[str, Any]) -> dict[str, Any]:
     plain = {k: v for k, v in report.items() if k != "digest"}
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
     return {**plain, "digest": hashlib.sha256(canonical).hexdigest()}
+
+
+def existing_report(model: Path) -> dict[str, Any] | None:
+    """The report beside a model, if there is one with a digest that fits."""
+    path = model / REPORT_FILE
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        return report if with_digest(report) == report else None
+    except (OSError, ValueError, AttributeError):  # AttributeError: JSON, but no table
+        return None

@@ -19,10 +19,12 @@ from pipeline.evaluate.windows import Windows, sliding_windows
 from pipeline.models.skeleton import architecture_of
 from pipeline.progress import announce_rarely
 from pipeline.recipe import Recipe, Thresholds, Validate, parse_recipe
+from pipeline.report.build import REPORT_FILE, existing_report
+from pipeline.report.optional import page_beside
 from pipeline.sizes import parse_size
 from pipeline.stages.source import record_source
 from pipeline.stages.units import REFERENCE_FILE
-from pipeline.stages.validate import REPORT_FILE, existing_report, validate_model
+from pipeline.stages.validate import validate_model
 from pipeline.threads import use_threads
 from pipeline.workdir import CONVERSION
 
@@ -60,6 +62,7 @@ def revalidate(
     )
     if (model / CONVERSION).is_file() and source is None:
         write_json(model / REPORT_FILE, report)
+        page_beside(model)
     return report
 
 

@@ -21,7 +21,15 @@ from pipeline.evaluate.metrics import compare
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.speed import measure, reset_peak_host_bytes, timed
 from pipeline.progress import size
-from pipeline.report.build import expert_figures, judge, measured, with_digest
+from pipeline.report.build import (
+    REPORT_FILE,
+    existing_report,
+    expert_figures,
+    judge,
+    measured,
+    with_digest,
+)
+from pipeline.report.optional import page_beside
 from pipeline.stages.context import Context, Job
 from pipeline.stages.formats import module_rules
 from pipeline.stages.texts import planned_windows
@@ -29,7 +37,6 @@ from pipeline.stages.units import REFERENCE_FILE
 from pipeline.workdir import CONVERSION
 
 UNIT = "validate"
-REPORT_FILE = "report.json"
 PROMPT_TOKENS = 512
 DECODE_TOKENS = 64
 
@@ -111,19 +118,10 @@ class Validation:
                 progress=self._context.progress,
             )
         write_json(self._context.output / REPORT_FILE, report)
+        page_beside(self._context.output)
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def existing_report(model: Path) -> dict[str, Any] | None:
-    """The report beside a model, if there is one with a digest that fits."""
-    path = model / REPORT_FILE
-    try:
-        report: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return report if with_digest(report) == report else None
 
 
 def validate_model(

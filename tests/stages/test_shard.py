@@ -55,6 +55,7 @@ def test_output_directory(finished):
         "recipe.yaml",
         "recipe.resolved.yaml",
         "report.json",
+        "report.html",
     }
     assert (finished.output / "recipe.yaml").read_text() == finished.text
     assert verify_directory(finished.output) == []
