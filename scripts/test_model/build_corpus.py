@@ -59,6 +59,7 @@ class Page:
 def unpack(debs: Path, work: Path) -> Path:
     """Unpack every package once, each below its own name, and return the folder."""
     unpacked = work / "unpacked"
+    unpacked.mkdir(exist_ok=True)  # dpkg makes the last folder of a path only
     for package in [source.package for source in SOURCES] + [OOD_PACKAGE]:
         if not (unpacked / package).exists():
             archive = next(debs.glob(f"{package}_*.deb"))
