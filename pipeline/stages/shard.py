@@ -153,13 +153,19 @@ class Shard:
                 "schema": 1,
                 "kind": "converted",
                 "method": self._context.recipe.requantize.method,
-                "baseline": f"{self._context.recipe.source.model} as stored",
+                "baseline": self._baseline(),
                 "fingerprint": work.fingerprint(),
                 "source_files": checked.data["files"] if checked else {},
                 "stages": {k: {"seconds": round(v, 3)} for k, v in stages.items()},
                 "layers": sorted(layers, key=lambda data: int(data["layer"])),
             }
         )
+
+    def _baseline(self) -> str:
+        """What the result is measured against: the source, and the form that most of it is in."""
+        formats = self._context.checkpoint.describe().formats
+        main = max(formats, key=lambda name: formats[name].elements)
+        return f"{self._context.recipe.source.model} as stored ({main})"
 
 
 Read = Callable[[str], Tensor]
