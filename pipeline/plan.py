@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from pipeline.calibration import read_text
+from pipeline.calibration import check_source, read_text
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import CheckpointError, RecipeError, ResourceError
 from pipeline.models import Architecture
@@ -33,6 +33,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages.context import Context, Job
 from pipeline.stages.formats import module_rules
 from pipeline.stages.order import BUILDING, STAGES
+from pipeline.stages.texts import calibration_sources
 from pipeline.stages.validate import check_device_memory
 from pipeline.workdir import WorkDirectory
 
@@ -85,8 +86,9 @@ def prepare(recipe: Recipe, text: str) -> Context:
     architecture = architecture_of(checkpoint.config, str(source))
     geometry = geometry_of(architecture, checkpoint.config, str(source))
     _check_recipe(recipe, architecture)
-    for text_file in (*recipe.calibration.sources, recipe.validate_.text):
-        read_text(text_file)  # refuses what is missing, empty or not UTF-8
+    for source_text in calibration_sources(recipe):
+        check_source(source_text)
+    read_text(recipe.validate_.text)  # refuses what is missing, empty or not UTF-8
     shapes = _expected_shapes(checkpoint, architecture, geometry)
     _check_source(checkpoint, architecture, shapes)
     _check_groups(recipe, architecture, geometry, shapes)

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.errors import RecipeError
 
@@ -90,14 +100,57 @@ class Requantize(Section):
     """Search scales for the least squared error; false: from the minimum and maximum."""
 
 
+class CalibrationSource(Section):
+    """Where calibration text comes from; docs/calibration.md has an example of each kind."""
+
+    builtin: str | None = Field(default=None, min_length=1)
+    """A text of the repository's calibration/, by its name without .txt."""
+    file: str | None = Field(default=None, min_length=1)
+    """A text, or records in .jsonl or .parquet."""
+    dataset: str | None = Field(default=None, min_length=1)
+    """A data set on the Hub, streamed."""
+    config: str | None = Field(default=None, min_length=1)
+    split: str | None = Field(default=None, min_length=1)
+    """Null: train."""
+    revision: str | None = Field(default=None, min_length=1)
+    column: str | None = Field(default=None, min_length=1)
+    """Column or field; null: `messages` of a chat, `text` otherwise."""
+    chat: bool = False
+    """The column holds a list of {role, content}, for the tokenizer's chat template."""
+    weight: float | None = Field(default=None, ge=0)
+    """Share of the sequences, relative to the other sources'."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> CalibrationSource:
+        if sum(kind is not None for kind in (self.builtin, self.file, self.dataset)) != 1:
+            raise ValueError("give one of builtin, file and dataset")
+        if self.dataset is None:
+            for key in ("config", "split", "revision"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} goes with dataset only")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what was given, so that a resolved recipe stays readable."""
+        return {k: v for k, v in handler(self).items() if v is not None and v is not False}
+
+
+def _source(value: object) -> object:
+    # A plain string is a file's path.
+    return {"file": value} if isinstance(value, str) else value
+
+
 class Calibration(Section):
     """Text that the Hessians are measured on."""
 
-    sources: tuple[str, ...] = Field(
-        default=("calibration/docs-calib.txt",), min_length=1, strict=False
+    sources: tuple[Annotated[CalibrationSource, BeforeValidator(_source)], ...] = Field(
+        default=(CalibrationSource(file="calibration/docs-calib.txt"),), min_length=1, strict=False
     )
     samples: int = Field(default=128, ge=1)
     sequence_length: int = Field(default=2048, ge=16)
+    packing: bool = True
+    """Records follow one another; false: a record gives the sequence it begins with."""
     seed: int = Field(default=0, ge=0)
 
 
@@ -234,8 +287,11 @@ def _first_error(error: ValidationError) -> str:
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in location:
+        if isinstance(part, int):  # a place in a list; its members' section is chosen already
+            continue
         by_name = {f.alias or name: f for name, f in section.model_fields.items()}
         annotation = by_name[str(part)].annotation
         candidates = [annotation, *get_args(annotation)]
+        candidates += [inner for c in candidates for inner in get_args(c)]  # tuple[Annotated[...]]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return sorted(f.alias or name for name, f in section.model_fields.items())

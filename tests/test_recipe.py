@@ -134,3 +134,36 @@ def test_any_value_is_taken_or_refused_in_one_line(path, value):
     except RecipeError as error:
         assert str(error).startswith("r.yaml: ") and len(str(error).splitlines()) == 1
         assert len(str(error)) < 300
+
+
+def test_sources_of_calibration():
+    """Strings are files, mappings name what they need; resolved, only what was given is said."""
+    chat = {"dataset": "org/chat", "split": "held", "chat": True, "weight": 2.5}
+    recipe = _with("calibration", sources=["a.txt", {"builtin": "docs-calib"}, chat])
+    plain, builtin, remote = recipe.calibration.sources
+    assert (plain.file, builtin.builtin, remote.dataset) == ("a.txt", "docs-calib", "org/chat")
+    resolved = recipe.resolved()
+    assert resolved["calibration"]["sources"] == [
+        {"file": "a.txt"},
+        {"builtin": "docs-calib"},
+        chat,
+    ]
+    assert parse_recipe(resolved, "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"fil": "a"}, "unknown key 'calibration.sources.0.fil'; did you mean 'file'?"),
+        ({"column": "a"}, "calibration.sources.0: give one of builtin, file and dataset"),
+        ({"file": "a", "builtin": "b"}, "give one of builtin, file and dataset"),
+        ({"file": "a", "split": "train"}, "split goes with dataset only"),
+        ({"file": "a", "weight": -1}, "calibration.sources.0.weight: input should be greater"),
+        ({"file": ""}, "calibration.sources.0.file: must not be empty"),
+        (7, "calibration.sources.0: "),
+    ],
+)
+def test_sources_that_are_none(source, said):
+    with pytest.raises(RecipeError) as error:
+        _with("calibration", sources=[source])
+    assert said in str(error.value) and "\n" not in str(error.value)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.calibration import (
+    TextSource,
     calibration_sequences,
     digest,
     load_tokenizer,
@@ -53,15 +54,21 @@ def planned_windows(recipe: Recipe) -> int:
     return (text.stat().st_size // 2 // validate.stride if text.is_file() else 0) + 1
 
 
+def calibration_sources(recipe: Recipe) -> list[TextSource]:
+    """What the recipe names, in the terms of `pipeline.calibration`."""
+    return [TextSource(**source.model_dump()) for source in recipe.calibration.sources]
+
+
 def prepare_texts(recipe: Recipe, model: Path, vocabulary: int) -> Texts:
     """Read and tokenise what the recipe names; raises CalibrationError for what cannot be used."""
     tokenizer = load_tokenizer(model)
     calibration = calibration_sequences(
         tokenizer,
-        recipe.calibration.sources,
+        calibration_sources(recipe),
         samples=recipe.calibration.samples,
         length=recipe.calibration.sequence_length,
         seed=recipe.calibration.seed,
+        packing=recipe.calibration.packing,
     )
     validate = recipe.validate_
     text = read_text(validate.text)

@@ -1,5 +1,6 @@
 """Texts into sequences."""
 
+import random
 import shutil
 
 import pytest
@@ -85,3 +86,15 @@ def test_code_of_a_model_is_never_run(micro, tmp_path):
     except CheckpointError as error:
         assert "\n" not in str(error)
     assert not (tmp_path / "ran").exists()
+
+
+def test_plain_texts_give_the_tokens_that_they_always_gave(tokenizer, texts):
+    """Recipes of the first version keep their digest: cut every text, draw from all pieces."""
+    pieces = []
+    for path in texts.values():
+        tokens = tokenize(tokenizer, path.read_text())
+        pieces += [tokens[i : i + 50] for i in range(0, len(tokens) - 49, 50)]
+    for seed in (0, 3):
+        drawn = random.Random(seed).sample(range(len(pieces)), 6)
+        expected = torch.stack([pieces[i] for i in drawn])
+        assert digest(_sequences(tokenizer, texts, seed=seed)) == digest(expected)

@@ -1,0 +1,42 @@
+"""Chat records through the tokenizer's own template, run in transformers' sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.calibration.source import Record, TextSource
+from pipeline.errors import CalibrationError
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> None:
+    """CalibrationError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise CalibrationError(
+            f"{source.name}: is a chat, and the tokenizer of {tokenizer.name_or_path} has no chat"
+            " template; calibrate on plain texts, or put the model's chat_template.jinja there"
+        )
+
+
+def render(tokenizer: PreTrainedTokenizerBase, record: Record, field: str) -> str:
+    """The text of a list of {role, content}, as the model was trained to see it.
+
+    Raises CalibrationError for what is no such list, and for what the template refuses.
+    """
+    messages = record.value
+    if not isinstance(messages, list) or not messages:
+        raise CalibrationError(f"{record.where}: {field!r} is no list of messages")
+    for place, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
+                raise CalibrationError(
+                    f"{record.where}: {field}[{place}] has no text under {key!r}; a message is"
+                    " {role, content}"
+                )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, TypeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise CalibrationError(f"{record.where}: the chat template refuses it ({line})") from None
