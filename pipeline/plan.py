@@ -31,7 +31,8 @@ from pipeline.progress import size
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.recipe import Recipe
 from pipeline.stages.context import Context, Job
-from pipeline.stages.formats import module_rules
+from pipeline.stages.folding import check_folds
+from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.texts import calibration_sources
 from pipeline.stages.validate import check_device_memory
@@ -92,6 +93,9 @@ def prepare(recipe: Recipe, text: str) -> Context:
     shapes = _expected_shapes(checkpoint, architecture, geometry)
     _check_source(checkpoint, architecture, shapes)
     _check_groups(recipe, architecture, geometry, shapes)
+    if QUANTIZERS[recipe.requantize.method].folds:
+        modules = recipe.requantize.modules
+        check_folds(architecture, geometry, checkpoint.config, shapes, modules)
     work = WorkDirectory(Path(recipe.output.path).absolute())
     work.check()
     if work.output.resolve().is_relative_to(source.resolve()):
@@ -153,6 +157,7 @@ def _check_recipe(recipe: Recipe, architecture: Architecture) -> None:
     if QUANTIZERS.get(wanted.method) is None:
         known = ", ".join(QUANTIZERS)
         raise RecipeError(f"requantize.method {wanted.method!r} is unknown; known: {known}")
+    output_format(wanted)  # refuses what cannot be stored
     for name in wanted.modules:
         if name not in architecture.module_classes:
             known = ", ".join(architecture.module_classes)

@@ -84,6 +84,8 @@ class Requantize(Section):
 
     method: str = "gptq"
     """A quantiser by name (`pipeline.quantize.methods`); checked when the plan is made."""
+    format: str | None = None
+    """How results are stored, gptq or awq; null: as the method's name says, else gptq."""
     bits: Literal[4, 8] = 4
     group_size: Literal[32, 64, 128, -1] = 128
     symmetric: bool = True

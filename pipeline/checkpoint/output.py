@@ -37,3 +37,9 @@ class OutputFormat(Protocol):
         self, scheme: AffineScheme, rules: ModuleRules, version: str
     ) -> dict[str, Any]:
         """What config.json says under `quantization_config`."""
+
+    def refusal(self, scheme: AffineScheme) -> str | None:
+        """Why the format cannot hold a scheme, in a few words with what it can; None: it can."""
+
+    def packed_bytes(self, scheme: AffineScheme, rows: int, columns: int) -> int:
+        """Stored bytes of one matrix [rows, columns]: codes, scales and all that goes with them."""

@@ -41,6 +41,27 @@ class ModuleGroup:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Linear modules whose input channels may be scaled, the model staying the same.
+
+    What makes the channels is divided by a scale, the columns that read them are multiplied by it.
+    """
+
+    name: str
+    """For reports and messages, such as "post_norm"."""
+    producer: str
+    """The module that makes the channels, relative to the layer; in names of folds `*` stands for
+    the number of every routed expert, each with a scale of its own where the producer has one."""
+    form: Literal["w", "1+w", "rows"]
+    """What is divided: a norm that multiplies by w or by 1 + w, or a linear module's rows."""
+    consumers: tuple[str, ...]
+    """All linear modules that read the channels: one left out, quantised or not, is broken."""
+    channels: Callable[[Mapping[str, Any]], Tensor] | None = None
+    """config.json -> int64 [columns of a consumer]: the channel that each column reads, where
+    several read one; None: column i reads channel i."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where everything lives in a model of one `model_type`, and how a layer is run."""
 
@@ -72,6 +93,9 @@ class Architecture:
     """What a normalised activation is multiplied by, given the stored weight w."""
     geometry: Callable[[Mapping[str, Any]], Geometry]
     """Reads config.json; raises KeyError or ValueError for a config without the needed keys."""
+    folds: tuple[Fold, ...]
+    """Where scales can be moved from one module to the next; a layer has those whose modules it
+    has."""
     call_layer: Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
     """(layer module, hidden [batch, length, hidden], rotary (cos, sin)) -> hidden, causal."""
 
@@ -82,6 +106,10 @@ class Architecture:
     def expert_module(self, layer: int, expert: int, projection: str) -> str:
         """On-disk module name of one expert's projection (`projection`: self.gate, up or down)."""
         return f"{self.layer_prefix(layer)}{self.experts}.{expert}.{projection}"
+
+    def fold_module(self, layer: int, name: str, expert: int = 0) -> str:
+        """Full name of a fold's module; `expert` is the one meant where it has a `*`."""
+        return self.layer_prefix(layer) + name.replace("*", str(expert))
 
     @property
     def module_classes(self) -> tuple[str, ...]:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import ARCHITECTURES
-from pipeline.models.architecture import Architecture, Geometry, ModuleGroup, causal_positions
+from pipeline.models.architecture import (
+    Architecture,
+    Fold,
+    Geometry,
+    ModuleGroup,
+    causal_positions,
+)
 
 
 def _geometry(config: Mapping[str, Any]) -> Geometry:
@@ -38,6 +44,26 @@ def _geometry(config: Mapping[str, Any]) -> Geometry:
         vocabulary=int(config["vocab_size"]),
         layer_kinds=tuple(kinds),
     )
+
+
+def _value_channels(config: Mapping[str, Any]) -> Tensor:
+    """Which row of v_proj each column of o_proj reads.
+
+    Query heads share the value head of their group.  Between the two stands only the sigmoid of the
+    gate that q_proj makes beside the queries, a factor that a scale commutes with.
+    """
+    heads, shared = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
+    if heads % shared:
+        raise ValueError(f"{shared} key and value heads do not divide {heads} attention heads")
+    size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    column = torch.arange(heads * size)
+    return column // size // (heads // shared) * size + column % size
+
+
+def _gated_norm_channels(config: Mapping[str, Any]) -> Tensor:
+    """Which weight of DeltaNet's gated norm each column of out_proj reads: one for all heads."""
+    size = int(config["linear_value_head_dim"])
+    return torch.arange(int(config["linear_num_value_heads"]) * size) % size
 
 
 def _call_layer(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -83,6 +109,50 @@ ARCHITECTURES.register(
         ignored=("mtp",),
         norm_form="1+w",
         geometry=_geometry,
+        folds=(
+            Fold(
+                "input_norm",
+                "input_layernorm",
+                "1+w",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ),
+            Fold(
+                "input_norm",
+                "input_layernorm",
+                "1+w",
+                ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+            ),
+            Fold(
+                "value", "self_attn.v_proj", "rows", ("self_attn.o_proj",), channels=_value_channels
+            ),
+            Fold(
+                "gated_norm",
+                "linear_attn.norm",
+                "w",
+                ("linear_attn.out_proj",),
+                channels=_gated_norm_channels,
+            ),
+            Fold(
+                "post_norm",
+                "post_attention_layernorm",
+                "1+w",
+                (
+                    "mlp.gate",
+                    "mlp.experts.*.gate_proj",
+                    "mlp.experts.*.up_proj",
+                    "mlp.shared_expert.gate_proj",
+                    "mlp.shared_expert.up_proj",
+                    "mlp.shared_expert_gate",
+                ),
+            ),
+            Fold("up", "mlp.experts.*.up_proj", "rows", ("mlp.experts.*.down_proj",)),
+            Fold(
+                "shared_up",
+                "mlp.shared_expert.up_proj",
+                "rows",
+                ("mlp.shared_expert.down_proj",),
+            ),
+        ),
         call_layer=_call_layer,
     ),
 )

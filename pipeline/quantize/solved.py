@@ -28,6 +28,8 @@ class Quantizer(Protocol):
 
     name: str
     needs_hessian: bool
+    folds: bool
+    """Whether input channels are to be scaled for it first (`pipeline.quantize.scaling`)."""
 
     def quantize(
         self,

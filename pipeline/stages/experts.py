@@ -20,6 +20,7 @@ from pipeline.models import Architecture
 from pipeline.quantize.correction import corrected, routed_drift
 from pipeline.quantize.hessian import routed_hessians, shrink
 from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.scaling import best_scales, candidate_scales, scale_losses
 from pipeline.quantize.solved import Quantizer, Solved
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.stages.stream import COMPUTE_DTYPE, Recorded
@@ -121,6 +122,10 @@ class LayerStatistics:
     target: Tensor | None
     """The source's own inputs at the layer's tokens, bf16 [tokens, hidden]; None: do not correct
     for what earlier layers lost."""
+    scale: Tensor | None = None
+    """What folding divided the inputs by, float32 [hidden], those of `target` excepted."""
+    folds_down: bool = False
+    """Whether each expert's up is to be divided by scales that its down is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,12 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
     target = None if layer.target is None else layer.target[tokens]
 
     hessian = None
-    weight = tile.gate_up.float()
+    scaled = fold_tile(tile, layer.scale, None)
+    folded = None
+    if layer.folds_down:
+        folded = _down_scales(job, scaled, inputs, offsets, layer)
+        scaled = fold_tile(scaled, None, folded)
+    weight = scaled.gate_up
     if job.quantizer.needs_hessian:
         strength = STRENGTH * inputs.shape[1]
         counts = torch.tensor(offsets).diff()
@@ -182,13 +192,16 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
             routed_hessians(inputs, torch.tensor(offsets)), counts, layer.common, strength
         )
         if target is not None:
-            drift = routed_drift(target, inputs, offsets) / _share(counts, strength, job.device)
+            wanted = target if layer.scale is None else (target / layer.scale).to(target.dtype)
+            drift = routed_drift(wanted, inputs, offsets) / _share(counts, strength, job.device)
             weight = corrected(weight, hessian, drift)
     solved = _quantize(job, "gate and up", weight, hessian)
     gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
     del hessian, weight
 
-    weight, down_hessian = _down_problem(job, tile, inputs, target, gate_up, offsets, layer)
+    weight, down_hessian = _down_problem(
+        job, tile, scaled.down, inputs, target, gate_up, folded, offsets, layer
+    )
     solved_down = _quantize(job, "down", weight, down_hessian)
     return SolvedTile(
         gate=solved.quantized.rows(0, inner),
@@ -200,19 +213,41 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
     )
 
 
-def _down_problem(
-    job: TileJob,
-    tile: DenseTile,
-    inputs: Tensor,
-    target: Tensor | None,
-    gate_up: Tensor,
-    offsets: list[int],
-    layer: LayerStatistics,
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and Hessian for down, on what the quantised gate and up make of the tokens."""
-    weight = tile.down.float()
-    if not job.quantizer.needs_hessian:
-        return weight, None
+def fold_tile(tile: DenseTile, inputs: Tensor | None, inner: Tensor | None) -> DenseTile:
+    """A tile in float32 for inputs that were divided by scales.
+
+    `inputs`: of gate and up, float32 [hidden]; `inner`: of every expert's down, float32
+    [experts, inner], by which its up is divided.  None: left as they are.
+    """
+    gate_up, down = tile.gate_up.float(), tile.down.float()
+    if inputs is not None:
+        gate_up = gate_up * inputs
+    if inner is not None:
+        gate, up = gate_up.chunk(2, dim=1)
+        gate_up = torch.cat([gate, up / inner.unsqueeze(-1)], dim=1)
+        down = down * inner.unsqueeze(1)
+    return DenseTile(gate_up, down)
+
+
+def _down_scales(
+    job: TileJob, tile: DenseTile, inputs: Tensor, offsets: list[int], layer: LayerStatistics
+) -> Tensor:
+    """The scale of each expert's inner channels that costs its down least.
+
+    Returns float32 [experts, inner].  `tile`: float32, folded for `inputs`.  An expert without
+    tokens keeps the neutral scale.
+    """
+    _, hessian = _down_hessian(job, inputs, tile.gate_up.to(inputs.dtype), offsets, layer)
+    candidates = candidate_scales(hessian.diagonal(dim1=1, dim2=2))
+    losses = scale_losses(tile.down, hessian, candidates, job.scheme)
+    seen = torch.tensor(offsets, device=losses.device).diff() > 0
+    return best_scales(candidates, losses * seen)
+
+
+def _down_hessian(
+    job: TileJob, inputs: Tensor, gate_up: Tensor, offsets: list[int], layer: LayerStatistics
+) -> tuple[Tensor, Tensor]:
+    """Inputs of every expert's down, bf16 [pairs, inner], and their Hessians."""
     strength = STRENGTH * job.inner
     counts = torch.tensor(offsets).diff()
     actual = _inner_of(job, inputs, gate_up, offsets)
@@ -229,10 +264,35 @@ def _down_problem(
     substitute = routed_hessians(torch.cat(own), torch.tensor(own_offsets)) / len(sample)
     # Where there is no substitute it is zero, and shrinking only scales, which changes nothing.
     hessian = shrink(routed_hessians(actual, torch.tensor(offsets)), counts, substitute, strength)
+    return actual, hessian
+
+
+def _down_problem(
+    job: TileJob,
+    tile: DenseTile,
+    weight: Tensor,
+    inputs: Tensor,
+    target: Tensor | None,
+    gate_up: Tensor,
+    folded: Tensor | None,
+    offsets: list[int],
+    layer: LayerStatistics,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and Hessian for down, on what the quantised gate and up make of the tokens.
+
+    `weight`: down as folded, float32; `folded`: what its inputs were divided by, float32
+    [experts, inner].
+    """
+    if not job.quantizer.needs_hessian:
+        return weight, None
+    actual, hessian = _down_hessian(job, inputs, gate_up, offsets, layer)
     if target is not None:
+        counts = torch.tensor(offsets).diff()
         wanted = _inner_of(job, target, tile.gate_up, offsets)
-        drift = routed_drift(wanted, actual, offsets) / _share(counts, strength, job.device)
-        weight = corrected(weight, hessian, drift)
+        if folded is not None:
+            wanted /= folded.repeat_interleave(counts.to(folded.device), dim=0)
+        share = _share(counts, STRENGTH * job.inner, job.device)
+        weight = corrected(weight, hessian, routed_drift(wanted, actual, offsets) / share)
     return weight, hessian
 
 

@@ -6,15 +6,34 @@ from collections.abc import Collection
 
 from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.output import ModuleRules, OutputFormat
+from pipeline.errors import RecipeError
 from pipeline.models import Architecture
+from pipeline.quantize.tensor import AffineScheme
+from pipeline.recipe import Requantize
 
 DEFAULT = "gptq"
 
 
-def output_format(method: str) -> OutputFormat:
-    """The format named like the method if there is one, GPTQ's layout otherwise."""
-    found = FORMATS.get(method) or FORMATS[DEFAULT]
+def output_format(recipe: Requantize) -> OutputFormat:
+    """The format that the recipe names; else the one named like the method, or else GPTQ's.
+
+    RecipeError for a format that is unknown, or that cannot hold what the recipe asks for.
+    """
+    written = {name: FORMATS[name] for name in FORMATS if isinstance(FORMATS[name], OutputFormat)}
+    found = written.get(recipe.format or recipe.method)
+    if found is None and recipe.format is None:
+        found = written[DEFAULT]
+    if found is None:
+        known = ", ".join(written)
+        raise RecipeError(f"requantize.format {recipe.format!r} is unknown; known: {known}")
     assert isinstance(found, OutputFormat)
+    scheme = AffineScheme(recipe.bits, recipe.group_size, recipe.symmetric)
+    reason = found.refusal(scheme)
+    if reason is not None:
+        raise RecipeError(
+            f"requantize.bits {recipe.bits} cannot be stored: {reason};"
+            f" change it, or set requantize.format to {DEFAULT}"
+        )
     return found
 
 

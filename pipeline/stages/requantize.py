@@ -8,9 +8,10 @@ Streams of activations go through the model together, one layer at a time:
   evaluation   through the source's layers, so that at the end the source's own predictions on the
                validation text are known without the source ever being in memory.
 
-A layer's unit: record the streams through the dense parts, quantise the chosen dense modules, sort
-the routed tokens by expert, solve the experts tile by tile, write the layer's files, save the
-streams.  The last unit turns the evaluation stream into the reference.
+A layer's unit: record the streams through the dense parts, fold scales where the method asks for
+them (the calibration stream alone goes on through what was folded), quantise the chosen dense
+modules, sort the routed tokens by expert, solve the experts tile by tile, write the layer's files,
+save the streams.  The last unit turns the evaluation stream into the reference.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from pipeline.stages.experts import (
     sort_by_expert,
     tiles,
 )
+from pipeline.stages.folding import FoldedLayer, LayerFolding
 from pipeline.stages.formats import output_format
 from pipeline.stages.stream import (
     COMPUTE_DTYPE,
@@ -93,8 +95,11 @@ class Requantize:
             scale_search=recipe.scale_search,
         )
         self._corrects = recipe.error_correction and self._quantizer.needs_hessian
-        self._pack = output_format(recipe.method).pack
+        self._pack = output_format(recipe).pack
         self._stream = LayerStream(context.checkpoint, context.architecture, context.device)
+        self._folding = (
+            LayerFolding(context, self._stream, self._scheme) if self._quantizer.folds else None
+        )
         self._streams: _Streams | None = None
         # One writer, at most one layer behind: the packed layer being written and the one being
         # solved are all the host ever holds.
@@ -159,6 +164,11 @@ class Requantize:
         source = self._stream.record(module, streams.evaluation)
         check_finite(source.base, f"layer {layer} of the source")
         target = None if streams.target is None else self._stream.record(module, streams.target)
+        folded = FoldedLayer()
+        if self._folding is not None:
+            folded = self._folding.fold(layer, module, stored, streams.calibration)
+            stored |= folded.tensors
+            module = self._stream.build_layer(layer, stored)
         packed, losses = self._dense_modules(layer, module, streams.calibration)
         written = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
         for name, parts in packed.items():
@@ -166,12 +176,12 @@ class Requantize:
         files = {dense_file(layer): {n: t.cpu() for n, t in written.items()}}
         recorded = self._stream.record(module, streams.calibration)
         check_finite(recorded.base, f"layer {layer}")
-        data: dict[str, Any] = {"layer": layer, "dense_loss": losses}
+        data: dict[str, Any] = {"layer": layer, "dense_loss": losses, "folds": folded.scales}
         if recorded.inputs is None:
             streams.calibration, streams.evaluation = recorded.base, source.base
             streams.target = None if target is None else target.base
         else:
-            experts, statistics = self._experts(layer, recorded, source, target, streams)
+            experts, statistics = self._experts(layer, recorded, source, target, folded, streams)
             files[experts_file(layer)] = experts
             data |= statistics
         streams.after = layer
@@ -241,6 +251,7 @@ class Requantize:
         recorded: Recorded,
         source: Recorded,
         target: Recorded | None,
+        folded: FoldedLayer,
         streams: _Streams,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Solve a layer's experts tile by tile; advances the streams."""
@@ -250,7 +261,7 @@ class Requantize:
         # Streams that see the source's weights: the same decoded tile serves them.
         sorted_ = [sort_by_expert(s, geometry.experts) for s in (source, target) if s is not None]
         faithful = [(r, torch.zeros_like(r.inputs, dtype=torch.float32)) for r in sorted_]
-        statistics = self._layer_statistics(layer, routed, target)
+        statistics = self._layer_statistics(layer, routed, target, folded)
         packed: dict[str, Tensor] = {}
         losses: dict[str, list[float]] = {"gate_up_loss": [], "down_loss": []}
         jobs = [self._tile_job(layer, experts) for experts in tiles(geometry.experts)]
@@ -279,7 +290,7 @@ class Requantize:
         return packed, {"tokens": tokens, **losses}
 
     def _layer_statistics(
-        self, layer: int, routed: Routed, target: Recorded | None
+        self, layer: int, routed: Routed, target: Recorded | None, folded: FoldedLayer
     ) -> LayerStatistics:
         tokens = len(routed.inputs)
         common = torch.zeros(
@@ -296,6 +307,8 @@ class Requantize:
             common=common / tokens,
             sample=routed.inputs[chosen.to(routed.inputs.device)],
             target=None if target is None else target.inputs,
+            scale=folded.experts,
+            folds_down=folded.down,
         )
 
     def _tile_job(self, layer: int, experts: range) -> TileJob:

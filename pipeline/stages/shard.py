@@ -2,7 +2,8 @@
 
 The expert files are in place already, one a layer.  Here the other tensors are gathered into
 non-expert shards, and index, config, shard map, recipe and checksums are written.  Then the
-directory gets its final name.  `split_existing` does the same for a GPTQ model that others made.
+directory gets its final name.  `split_existing` does the same for a GPTQ or AWQ model that
+others made.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Shard:
         context = self._context
         recipe = context.recipe.requantize
         plain = {k: v for k, v in context.checkpoint.config.items() if k != "quantization_config"}
-        quantization = output_format(recipe.method).quantization_config(
+        quantization = output_format(recipe).quantization_config(
             AffineScheme(recipe.bits, recipe.group_size, recipe.symmetric),
             module_rules(context.architecture, recipe.modules),
             __version__,
@@ -268,8 +269,8 @@ def _check_experts(checkpoint: Checkpoint, a: Architecture, geometry: Geometry) 
                 if stored is None or checkpoint.convertible(name):
                     what = "missing" if stored is None else f"stored as {stored.format}"
                     raise CheckpointError(
-                        f"{checkpoint.path}: expert tensor {name} is {what}; only GPTQ models can"
-                        " be split, convert others with `requant run`"
+                        f"{checkpoint.path}: expert tensor {name} is {what}; only GPTQ and"
+                        " AWQ models can be split, convert others with `requant run`"
                     )
 
 

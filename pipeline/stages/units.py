@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from pipeline.checkpoint.split import experts_file
 from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import TILE_EXPERTS
+from pipeline.stages.formats import output_format
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.texts import planned_windows
 
@@ -114,15 +116,12 @@ def _source_bytes(context: Context) -> tuple[list[_Bytes], _Bytes]:
 
 
 def _packed_expert_bytes(context: Context) -> int:
-    """Stored bytes of one quantised expert: codes, scales, zeros and g_idx of three matrices."""
+    """Stored bytes of one quantised expert: three matrices with all their parts."""
     recipe, geometry = context.recipe.requantize, context.geometry
-    total = 0
-    shapes = [(geometry.inner, geometry.hidden)] * 2 + [(geometry.hidden, geometry.inner)]
-    for rows, columns in shapes:
-        groups = 1 if recipe.group_size == -1 else columns // recipe.group_size
-        total += rows * columns * recipe.bits // 8 + rows * groups * (16 + recipe.bits) // 8
-        total += 4 * columns
-    return total
+    scheme = AffineScheme(recipe.bits, recipe.group_size, recipe.symmetric)
+    written = output_format(recipe)
+    wide = written.packed_bytes(scheme, geometry.inner, geometry.hidden)
+    return 2 * wide + written.packed_bytes(scheme, geometry.hidden, geometry.inner)
 
 
 def _layer_bytes(context: Context, tokens: int, tile: int) -> int:

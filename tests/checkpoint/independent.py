@@ -101,3 +101,20 @@ def gptq_dense(parts: dict[str, np.ndarray], bits: int, version: int) -> np.ndar
         zero = zero.astype(np.int64) + (1 if version == 1 else 0)
         dense[:, i] = parts["scales"][group].astype(np.float64) * (code.astype(np.int64) - zero)
     return dense
+
+
+def awq_dense(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """Weight `[out, in]` in float64 from qweight, qzeros and scales of one matrix."""
+    words, stored = parts["qweight"].view(np.uint32), parts["qzeros"].view(np.uint32)
+    scales = parts["scales"].astype(np.float64)
+    columns, rows = words.shape[0], scales.shape[1]
+    group = columns // scales.shape[0]
+    dense = np.empty((rows, columns))
+    for output in range(rows):
+        place = [0, 4, 1, 5, 2, 6, 3, 7][output % 8]
+        shift = np.uint32(4 * place)
+        code = (words[:, output // 8] >> shift).astype(np.int64) & 15
+        zero = (stored[:, output // 8] >> shift).astype(np.int64) & 15
+        index = np.arange(columns) // group
+        dense[output] = scales[index, output] * (code - zero[index])
+    return dense

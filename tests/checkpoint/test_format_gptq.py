@@ -11,14 +11,10 @@ from layout import write_model
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint.formats import FORMATS
-from pipeline.checkpoint.formats.gptq import (
-    pack,
-    pack_words,
-    unpack,
-    unpack_words,
-)
+from pipeline.checkpoint.formats.gptq import pack, unpack
 from pipeline.checkpoint.gptq_settings import ModuleSettings, settings_of
 from pipeline.checkpoint.output import ModuleRules, OutputFormat
+from pipeline.checkpoint.words import pack_words, unpack_words
 from pipeline.errors import CheckpointError, NumericalError
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 

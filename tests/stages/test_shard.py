@@ -136,7 +136,7 @@ def test_models_that_cannot_be_split(single, tmp_path, case):
 
 
 def test_nf4_is_converted_not_split(micro, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is stored as nf4; only GPTQ models .*requant run"):
+    with pytest.raises(CheckpointError, match=r"stored as nf4; only GPTQ and AWQ .*requant run"):
         split_existing(micro, tmp_path / "split", lambda _line: None)
 
 

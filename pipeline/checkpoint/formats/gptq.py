@@ -10,13 +10,10 @@ weight[o, i] = scales[g_idx[i], o] * (code[o, i] - zero[g_idx[i], o])
 Version 1 (`checkpoint_format: gptq`) cannot hold the zero 0: the subtraction would borrow from the
 neighbouring code.  A stored 2**bits - 1 means the zero 2**bits, on which readers disagree (some
 mask the sum).  So zeros 1 ... 2**bits - 1 are written; the other is understood when read.
-Packing goes through bytes (low nibble first within a byte, low byte first within a word), which
-touches each code once and needs no 32-bit copies of them.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +27,7 @@ from pipeline.checkpoint.gptq_settings import quantization_config, settings_of
 from pipeline.checkpoint.output import ModuleRules
 from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry, missing_part
+from pipeline.checkpoint.words import pack_words, unpack_words
 from pipeline.errors import CheckpointError
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
@@ -37,8 +35,6 @@ BITS = (2, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 DECODE_ELEMENTS = 1 << 26
 """Elements decoded at a time (four float32 temporaries of this size)."""
-
-assert sys.byteorder == "little", "words are assembled from bytes"
 
 
 @dataclass(frozen=True)
@@ -49,25 +45,6 @@ class Packing:
     groups: int
     version: int
     """1: qzeros hold zero - 1; 2: the zero."""
-
-
-def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 `[..., n]` with values below 2**bits -> int32 `[..., n * bits / 32]`, first lowest."""
-    per_byte = 8 // bits
-    packed = codes[..., ::per_byte].contiguous()
-    for i in range(1, per_byte):
-        packed |= codes[..., i::per_byte] << (bits * i)
-    # flat, since a dimension of size 1 may carry a stride that a view of wider words refuses
-    return packed.reshape(-1).view(torch.int32).view(*codes.shape[:-1], -1)
-
-
-def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack_words`: int32 `[..., m]` -> uint8 `[..., m * 32 / bits]`."""
-    codes = words.reshape(-1).view(torch.uint8)
-    if bits != 8:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-        codes = (codes.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.view(*words.shape[:-1], -1)
 
 
 def pack(quantized: QuantizedTensor, version: int = 1) -> dict[str, Tensor]:
@@ -214,6 +191,16 @@ class Gptq:
     ) -> dict[str, Any]:
         """See `pipeline.checkpoint.output.OutputFormat`."""
         return quantization_config(scheme, rules, version)
+
+    def refusal(self, scheme: AffineScheme) -> str | None:
+        """See `pipeline.checkpoint.output.OutputFormat`; every affine scheme of a recipe fits."""
+        return None
+
+    def packed_bytes(self, scheme: AffineScheme, rows: int, columns: int) -> int:
+        """See `pipeline.checkpoint.output.OutputFormat`."""
+        groups = columns // scheme.group(columns)
+        codes = rows * columns * scheme.bits // 8
+        return codes + rows * groups * (16 + scheme.bits) // 8 + 4 * columns
 
     def state_part(self, weight: StoredWeight) -> str | None:
         """None: headers and config say all."""

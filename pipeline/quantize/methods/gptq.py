@@ -22,6 +22,7 @@ class Gptq:
 
     name = "gptq"
     needs_hessian = True
+    folds = False
 
     def quantize(
         self,

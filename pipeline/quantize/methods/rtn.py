@@ -19,6 +19,7 @@ class RoundToNearest:
 
     name = "rtn"
     needs_hessian = False
+    folds = False
 
     def quantize(
         self,

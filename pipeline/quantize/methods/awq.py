@@ -1,0 +1,72 @@
+"""AWQ (Lin et al. 2023, arXiv 2306.00978): weights scaled per input channel, clipped and rounded.
+
+The scales are found and folded into what comes before a matrix (`pipeline.quantize.scaling`); what
+is left to do here is the clipping search and the rounding, or GPTQ on the scaled weights.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pipeline.quantize.backend import solver_backend
+from pipeline.quantize.batch import as_batch
+from pipeline.quantize.grid import encode, fit_grid
+from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.methods.gptq import Gptq
+from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.precision import full_float32
+from pipeline.quantize.solved import Solved, energy, relative
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+
+
+class Awq:
+    """Rounds to nearest, on grids clipped for the least output error."""
+
+    name = "awq"
+    needs_hessian = True
+    folds = True
+
+    def quantize(
+        self,
+        weight: Tensor,
+        hessian: Tensor | None,
+        scheme: AffineScheme,
+        options: SolverOptions,
+    ) -> Solved:
+        """See `pipeline.quantize.solved.Quantizer`; uses `options.scale_search` only.
+
+        The clipping search weights each column's squared error by the mean square of its input.
+        """
+        matrices, moments = as_batch(weight, hessian)
+        if moments is None:
+            raise ValueError("awq needs a Hessian")
+        grid = fit_grid(
+            matrices,
+            scheme,
+            search=options.scale_search,
+            importance=moments.diagonal(dim1=1, dim2=2).contiguous(),
+            backend=solver_backend(matrices.device),
+        )
+        arrays = {
+            "codes": encode(matrices, grid, scheme.bits),
+            "scales": grid.scales,
+            "zeros": grid.zeros,
+        }
+        quantized = QuantizedTensor(scheme, arrays)
+        with full_float32():
+            lost = energy(matrices - quantized.dequantize(), moments)
+            loss = relative(lost, energy(matrices, moments))
+        if weight.dim() == 2:
+            return Solved(quantized[0], loss[0])
+        return Solved(quantized, loss)
+
+
+class AwqGptq(Gptq):
+    """GPTQ on scaled weights."""
+
+    name = "awq+gptq"
+    folds = True
+
+
+QUANTIZERS.register(Awq.name, Awq())
+QUANTIZERS.register(AwqGptq.name, AwqGptq())
