@@ -100,6 +100,8 @@ class Requantize(Section):
     go through the source too.  Without meaning for methods that use no statistics."""
     scale_search: bool = True
     """Search scales for the least squared error; false: from the minimum and maximum."""
+    refinement_passes: int = Field(default=2, ge=0, le=20)
+    """GPTQ: passes over the codes after the first, scales refitted in between; 0: as published."""
 
 
 class CalibrationSource(Section):

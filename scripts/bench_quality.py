@@ -40,8 +40,9 @@ WINDOW, STRIDE, WINDOWS = 512, 256, 192
 METHODS = {
     "rounding, min/max": {"method": "rtn", "scale_search": False},
     "rounding": {"method": "rtn"},
-    "gptq": {"method": "gptq", "error_correction": False},
-    "gptq, corrected": {"method": "gptq"},
+    "gptq, as published": {"method": "gptq", "error_correction": False, "refinement_passes": 0},
+    "gptq, corrected": {"method": "gptq", "refinement_passes": 0},
+    "gptq": {"method": "gptq"},
 }
 
 

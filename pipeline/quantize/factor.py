@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,30 @@ DAMPING_STEPS = 6
 """Times the damping of a matrix may grow tenfold before it is given up."""
 
 
-def sweep_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factor of each damped Hessian, its columns in reverse order of processing.
+@dataclass(frozen=True)
+class Factored:
+    """Damped Hessians H = L L^T, rows and columns in reverse order of processing."""
+
+    order: Tensor
+    """int64 [E, in]: the stored column that is processed first comes first."""
+    damped: Tensor
+    """H, float32 [E, in, in]."""
+    triangle: Tensor
+    """L with each column divided by its pivot, so that the diagonal is 1; float32 [E, in, in]."""
+    pivot: Tensor
+    """L's diagonal, float32 [E, in]."""
+    added: Tensor
+    """What was added to each diagonal, float32 [E]."""
+
+
+def factorise(hessian: Tensor, order: Tensor, damping: float) -> Factored:
+    """Damp each Hessian and factorise it.
 
     `hessian`: float32 [E, in, in]; `order`: int64 [E, in], the column processed first comes first;
     `damping`: fraction of the mean diagonal that is added to the diagonal.  A matrix that is not
     positive definite at that damping gets ten times as much, up to `DAMPING_STEPS` times.
 
-    Returns the factor float32 [E, in, in] and what was added to each diagonal, float32 [E].  Raises
-    NumericalError naming the first matrix that cannot be factorised.
+    Raises NumericalError naming the first matrix that cannot be factorised.
 
     GPTQ asks for the upper Cholesky factor U of the inverse.  U^-1 is the upper factor V of
     H = V V^T itself, which is the flipped lower factor of the flipped H; the column loop can walk
@@ -48,21 +65,21 @@ def sweep_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor
             f"the Hessian of matrix {int(pending[0])} of the batch has no Cholesky factor even "
             f"with {DAMPING_STEPS} tenfold steps of damping; look for NaN or Inf in its inputs"
         )
-    return factor, added
+    pivot = factor.diagonal(dim1=1, dim2=2).clone()
+    factor /= pivot.unsqueeze(1)
+    return Factored(order, ordered, factor, pivot, added)
 
 
-def column_importance(moment: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+def column_importance(factored: Factored) -> Tensor:
     """What a squared error in each column costs, for the scale search: float32 [E, in].
-
-    `moment`: the damped Hessian's diagonal, [E, in]; `factor`, `order`: as in `sweep_factor`.
 
     An error that nothing makes up for costs the column's second moment; one that all columns to
     come make up for costs the square of the factor's diagonal.  Columns to come are bound to a grid
     themselves, so the truth lies between; the geometric mean of both measured best.
     """
-    pivot = factor.diagonal(dim1=1, dim2=2)
-    conditional = torch.empty_like(moment).scatter_(1, order.flip(-1), pivot.square())
-    return (moment * conditional).sqrt()
+    moment = factored.damped.diagonal(dim1=1, dim2=2)
+    cost = moment.sqrt() * factored.pivot
+    return torch.empty_like(cost).scatter_(1, factored.order.flip(-1), cost)
 
 
 def _reordered(hessian: Tensor, index: Tensor) -> Tensor:

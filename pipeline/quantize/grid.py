@@ -71,7 +71,7 @@ def fit_grid(
             shrinks=SEARCH_SHRINKS,
             smallest=SMALLEST_SCALE,
         )
-        scales, zeros = _storable(scale), zero
+        scales, zeros = storable(scale), zero
     else:
         scales, zeros = _fit_slabs(weight.view(*shape, group), scheme, search, importance)
     _refuse_unusable(scales)
@@ -96,7 +96,7 @@ def _fit_slabs(
         if importance is not None:
             weights = importance[expert_of_row[part]].view(-1, groups, group)
         scale, zero = _search(values, weights, scheme) if search else _range(values, scheme, 1.0)
-        scales[part] = _storable(scale)
+        scales[part] = storable(scale)
         zeros[part] = zero.to(torch.uint8)
     return scales.view(experts, rows, groups), zeros.view(experts, rows, groups)
 
@@ -146,7 +146,7 @@ def _search(values: Tensor, weights: Tensor | None, scheme: AffineScheme) -> tup
     return best_scale, best_zero
 
 
-def _storable(scale: Tensor) -> Tensor:
+def storable(scale: Tensor) -> Tensor:
     """float16 scales that bfloat16 holds too; NaN and what is too large become Inf."""
     rounded = scale.clamp(min=SMALLEST_SCALE).to(torch.bfloat16)
     too_large = ~(rounded.float() <= LARGEST_SCALE)

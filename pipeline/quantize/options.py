@@ -19,7 +19,12 @@ class SolverOptions:
     is trivial."""
     scale_search: bool = True
     """Search shrunk ranges for the least squared error; False: plain minimum and maximum."""
+    refinement_passes: int = 2
+    """Passes of coordinate descent over the codes after the column loop, scales being refitted
+    between two of them (where `scale_search` allows); 0: GPTQ as published."""
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < float("inf"):
             raise ValueError(f"damping must be positive and finite, not {self.damping}")
+        if self.refinement_passes < 0:
+            raise ValueError(f"refinement_passes must be 0 or more, not {self.refinement_passes}")

@@ -2,7 +2,7 @@
 
 Layout: weights are held as [in, E, out] in reverse order of processing, so that one column of all
 matrices is one contiguous slab, and the loop runs from the last slab to the first.  With L the
-lower factor of `factor.sweep_factor` and D = W - Q, the loss is |D L|^2 and the value that column
+lower factor of `factor.factorise` and D = W - Q, the loss is |D L|^2 and the value that column
 a should be rounded to, given the columns already done (b > a), is
 
     W_a + sum_b D_b L[b, a] / L[a, a]
@@ -14,65 +14,102 @@ Across blocks the sum is one batched product, within a block it is built up colu
 from __future__ import annotations
 
 import importlib
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.quantize.backend import Backend
+from pipeline.quantize.factor import Factored
 from pipeline.quantize.grid import Grid
 
 BLOCK_COLUMNS: dict[Backend, int] = {"torch": 32, "triton": 128}
 """Columns per block; plain torch updates a block's remainder by one rank at a time."""
 
 
-def sweep(
-    weight: Tensor, factor: Tensor, order: Tensor, grid: Grid, *, bits: int, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """Codes of `weight` float32 [E, out, in] in stored order, and what they cost.
+class RoundBlock(Protocol):
+    """See `_round_block`."""
 
-    `factor` float32 [E, in, in] and `order` int64 [E, in] as in `factor.sweep_factor` (the factor
-    is overwritten); `grid`: scales and zeros, fixed beforehand; `bits`: of a code.
+    def __call__(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        triangle: Tensor,
+        *,
+        scale: Tensor,
+        zero: Tensor,
+        top: int,
+    ) -> Tensor:
+        """Round the columns of one block, last to first."""
+        ...
 
-    Returns uint8 [E, out, in] and float32 [E]: |(W - Q) L|^2, the error under the damped Hessian.
-    """
-    experts, rows, columns = weight.shape
-    groups = grid.scales.shape[-1]
-    device = weight.device
-    pivot = factor.diagonal(dim1=1, dim2=2).clone()
-    factor /= pivot.unsqueeze(1)
-    reverse = order.flip(-1)  # working position -> stored column, [E, in]
-    matrix = torch.arange(experts, device=device).unsqueeze(1)
-    stored_row = (reverse + matrix * columns).t().reshape(-1)  # of [E * in, out]
-    group_row = (reverse // (columns // groups) + matrix * groups).t().reshape(-1)
-    scales = _columns_first(grid.scales.float())
-    zeros = _columns_first(grid.zeros.float())
-    working = _columns_first(weight).index_select(0, stored_row).view(columns, experts, rows)
-    codes = torch.empty((experts * columns, rows), dtype=torch.uint8, device=device)
-    energy = torch.zeros(experts, device=device)
-    round_block = _round_block
-    if backend == "triton":
-        round_block = importlib.import_module("pipeline.quantize.triton_kernels").round_block
-    for stop in range(columns, 0, -BLOCK_COLUMNS[backend]):
-        start = max(0, stop - BLOCK_COLUMNS[backend])
-        block = slice(start, stop)
-        target = working[block].clone()
-        if stop < columns:
-            pull = factor[:, stop:, block].transpose(1, 2)
-            target.permute(1, 0, 2).baddbmm_(pull, working[stop:].permute(1, 0, 2))
-        pick = slice(start * experts, stop * experts)
-        scale = scales.index_select(0, group_row[pick]).view(-1, experts, rows)
-        zero = zeros.index_select(0, group_row[pick]).view(-1, experts, rows)
-        done = round_block(
-            working[block],
-            target,
-            factor[:, block, block],
-            scale=scale,
-            zero=zero,
-            top=2**bits - 1,
+
+class Slabs:
+    """Matrices [E, out, in] in the working layout of the column loops, and their blocks."""
+
+    def __init__(self, order: Tensor, grid: Grid, backend: Backend) -> None:
+        """`order`: int64 [E, in], the stored column that is processed first comes first."""
+        self.experts, self.columns = order.shape
+        self.rows, groups = grid.scales.shape[-2:]
+        reverse = order.flip(-1)  # working position -> stored column, [E, in]
+        matrix = torch.arange(self.experts, device=order.device).unsqueeze(1)
+        self._stored = (reverse + matrix * self.columns).t().reshape(-1)  # of [E * in, out]
+        self._group = (reverse // (self.columns // groups) + matrix * groups).t().reshape(-1)
+        self._scales = _columns_first(grid.scales.float())
+        self._zeros = _columns_first(grid.zeros.float())
+        self._width = BLOCK_COLUMNS[backend]
+        self.round_block: RoundBlock = _round_block
+        if backend == "triton":
+            self.round_block = importlib.import_module(
+                "pipeline.quantize.triton_kernels"
+            ).round_block
+
+    def take(self, stored: Tensor) -> Tensor:
+        """[E, out, in] in stored order as [in, E, out] in working order, a copy."""
+        slabs = _columns_first(stored).index_select(0, self._stored)
+        return slabs.view(self.columns, self.experts, self.rows)
+
+    def put(self, slabs: Tensor) -> Tensor:
+        """The way back."""
+        stored = torch.empty_like(slabs).view(-1, self.rows)
+        stored.index_copy_(0, self._stored, slabs.view(-1, self.rows))
+        stored = stored.view(self.experts, self.columns, self.rows)
+        return stored.transpose(1, 2).contiguous()
+
+    def blocks(self) -> list[slice]:
+        """Working positions of each block, in order of processing."""
+        stops = range(self.columns, 0, -self._width)
+        return [slice(max(0, stop - self._width), stop) for stop in stops]
+
+    def grid(self, block: slice) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every weight of a block, both float32 [width, E, out]."""
+        pick = self._group[block.start * self.experts : block.stop * self.experts]
+        shape = (-1, self.experts, self.rows)
+        return (
+            self._scales.index_select(0, pick).view(shape),
+            self._zeros.index_select(0, pick).view(shape),
         )
-        codes.index_copy_(0, stored_row[pick], done.view(-1, rows))
-        energy += target.mul_(pivot[:, block].t().unsqueeze(-1)).square_().sum(dim=(0, 2))
-    return codes.view(experts, columns, rows).transpose(1, 2).contiguous(), energy
+
+
+def sweep(weight: Tensor, factored: Factored, grid: Grid, *, bits: int, backend: Backend) -> Tensor:
+    """Codes of `weight` float32 [E, out, in] in stored order: uint8 of the same shape.
+
+    `grid`: scales and zeros, fixed beforehand; `bits`: of a code.
+    """
+    slabs = Slabs(factored.order, grid, backend)
+    working = slabs.take(weight)
+    codes = torch.empty(working.shape, dtype=torch.uint8, device=weight.device)
+    for block in slabs.blocks():
+        target = working[block].clone()
+        if block.stop < slabs.columns:
+            pull = factored.triangle[:, block.stop :, block].transpose(1, 2)
+            target.permute(1, 0, 2).baddbmm_(pull, working[block.stop :].permute(1, 0, 2))
+        scale, zero = slabs.grid(block)
+        triangle = factored.triangle[:, block, block]
+        codes[block] = slabs.round_block(
+            working[block], target, triangle, scale=scale, zero=zero, top=2**bits - 1
+        )
+    return slabs.put(codes)
 
 
 def _columns_first(values: Tensor) -> Tensor:

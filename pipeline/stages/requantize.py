@@ -93,6 +93,7 @@ class Requantize:
             damping=recipe.damping,
             activation_order=recipe.activation_order,
             scale_search=recipe.scale_search,
+            refinement_passes=recipe.refinement_passes,
         )
         self._corrects = recipe.error_correction and self._quantizer.needs_hessian
         self._pack = output_format(recipe).pack

@@ -46,7 +46,7 @@ def against_reference(weight, hessian, scheme, options, rows=None):
 @pytest.mark.parametrize("activation_order", [True, False])
 def test_equals_the_textbook(bits, group, symmetric, activation_order):
     weight, hessian = problem(fresh(), 8, 96, 128)
-    options = SolverOptions(activation_order=activation_order)
+    options = SolverOptions(activation_order=activation_order, refinement_passes=0)
     scheme = AffineScheme(bits, group, symmetric)
     other, loss = against_reference(weight, hessian, scheme, options)
     # A tie that float32 breaks differently changes the rest of its row, so a code here and there
@@ -59,7 +59,8 @@ def test_equals_the_textbook(bits, group, symmetric, activation_order):
 def test_equals_the_textbook_at_full_size(out, columns):
     weight, hessian = problem(fresh(), 1, out, columns, tokens=1024)
     scheme = AffineScheme(4, 128, symmetric=True)
-    other, loss = against_reference(weight, hessian, scheme, SolverOptions(), rows=96)
+    options = SolverOptions(refinement_passes=0)
+    other, loss = against_reference(weight, hessian, scheme, options, rows=96)
     assert other < 0.01
     assert loss < 1e-3
 
@@ -125,7 +126,7 @@ def test_columns_never_excited_are_rounded_to_nearest():
 def test_no_statistics_at_all_is_rounding():
     weight, hessian = problem(fresh(), 2, 32, 128)
     hessian[1] = 0
-    solved = GPTQ.quantize(weight, hessian, G64, SolverOptions())
+    solved = GPTQ.quantize(weight, hessian, G64, SolverOptions(refinement_passes=0))
     rounded = RTN.quantize(weight, None, G64, SolverOptions())
     assert torch.equal(solved.quantized.arrays["codes"][1], rounded.quantized.arrays["codes"][1])
     assert float(solved.loss[0]) > 0

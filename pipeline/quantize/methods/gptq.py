@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.batch import as_batch
-from pipeline.quantize.factor import column_importance, sweep_factor
+from pipeline.quantize.factor import column_importance, factorise
 from pipeline.quantize.grid import fit_grid
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
+from pipeline.quantize.refine import descend, refit_scales
 from pipeline.quantize.solved import Solved, energy, relative
 from pipeline.quantize.sweep import sweep
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -46,23 +47,24 @@ class Gptq:
         else:
             order = torch.arange(columns, device=matrices.device).expand(experts, columns)
         with full_float32():
-            factor, added = sweep_factor(moments, order, options.damping)
-            importance = column_importance(moment + added.unsqueeze(-1), factor, order)
+            factored = factorise(moments, order, options.damping)
             grid = fit_grid(
                 matrices,
                 scheme,
                 search=options.scale_search,
-                importance=importance,
+                importance=column_importance(factored),
                 backend=backend,
             )
-            codes, lost = sweep(matrices, factor, order, grid, bits=scheme.bits, backend=backend)
-            del factor
+            codes = sweep(matrices, factored, grid, bits=scheme.bits, backend=backend)
+            for done in range(options.refinement_passes):
+                if done and options.scale_search:
+                    grid = refit_scales(matrices, codes, moments, factored.added, grid)
+                codes = descend(matrices, codes, factored, grid, bits=scheme.bits, backend=backend)
+            del factored
             arrays = {"codes": codes, "scales": grid.scales, "zeros": grid.zeros}
             quantized = QuantizedTensor(scheme, arrays)
-            whole = energy(matrices, moments)
-        # The sweep knows its error under the damped Hessian; what the damping added comes off.
-        error = (matrices - quantized.dequantize()).square_().sum(dim=(1, 2))
-        loss = relative((lost - added * error).clamp_(min=0), whole)
+            lost = energy(matrices - quantized.dequantize(), moments)
+            loss = relative(lost, energy(matrices, moments))
         if weight.dim() == 2:
             return Solved(quantized[0], loss[0])
         return Solved(quantized, loss)
