@@ -215,6 +215,55 @@ def generate(
     typer.echo(f"\n{rate:.1f} tokens/s", err=True)
 
 
+@app.command()
+def nightly(
+    targets: Annotated[
+        list[str],
+        typer.Argument(help="recipes, directories of recipes, model directories, Hub ids"),
+    ],
+    state: Annotated[
+        Path, typer.Option(help="directory of the history, the pages and the logs")
+    ] = Path("out/nightly"),
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(help="directory that recipes may name paths in, beside the current one"),
+    ] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="job whose figures of tonight are the new normal")
+    ] = None,
+    keep_nights: Annotated[int, typer.Option(min=1, help="nights whose pages are kept")] = 30,
+    keep_rows: Annotated[int, typer.Option(min=1, help="history rows kept for each job")] = 400,
+    as_json: Json = False,
+) -> None:
+    """Validate models again and compare with their history.
+
+    Exit code 0: all well, 1: a regression, 2: something could not be validated.
+
+    Example: requant nightly recipes/nightly
+    """
+    from pipeline.nightly.night import run_night
+    from pipeline.nightly.outputs import as_dict, details, night_table
+    from pipeline.report.tables import show
+
+    night = run_night(
+        targets,
+        state,
+        roots=[Path.cwd(), *(root or [])],
+        accept=accept or [],
+        keep_nights=keep_nights,
+        keep_rows=keep_rows,
+        announce=_announce,
+    )
+    if as_json:
+        typer.echo(json.dumps(as_dict(night), indent=2))
+    else:
+        show(night_table(night))
+        for line in details(night):
+            typer.echo(line)
+        typer.echo(f"page: {state / 'latest' / 'index.html'}")
+    raise typer.Exit(night.code)
+
+
 def _announce(line: str) -> None:
     typer.echo(line, err=True)
 

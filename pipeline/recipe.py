@@ -239,7 +239,7 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_first_error(error)}") from None
+        raise RecipeError(f"{where}: {first_error(error)}") from None
     validate = recipe.validate_
     if validate.stride > validate.window:
         raise RecipeError(
@@ -267,8 +267,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: the value is not YAML") from None
 
 
-def _first_error(error: ValidationError) -> str:
-    """The first thing wrong, in one line, with the nearest known key for an unknown one.
+def first_error(error: ValidationError, root: type[Section] = Recipe) -> str:
+    """The first thing wrong, in one line, with the nearest known key of `root` for an unknown one.
 
     An unknown key comes before a missing one, since it may be the missing one misspelt.
     """
@@ -276,7 +276,7 @@ def _first_error(error: ValidationError) -> str:
     first = next((e for e in errors if e["type"] in {"extra_forbidden", "invalid_key"}), errors[0])
     location = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1])
+        known = _keys_at(root, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "known here: " + ", ".join(known)
         return f"unknown key {location!r}; {hint}"
@@ -288,8 +288,8 @@ def _first_error(error: ValidationError) -> str:
     return f"{location}: {message[0].lower()}{message[1:]} (got {given})"
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _keys_at(root: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = root
     for part in location:
         if isinstance(part, int):  # a place in a list; its members' section is chosen already
             continue

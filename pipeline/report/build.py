@@ -23,6 +23,15 @@ from pipeline.evaluate.speed import Speed
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
 
+UPPER = (
+    "perplexity_ratio",
+    "kl_divergence",
+    "load_seconds",
+    "peak_host_bytes",
+    "peak_device_bytes",
+)
+"""Figures of which less is better; a threshold bounds them from above, all others from below."""
+
 
 def measured(comparison: Comparison, speed: Speed, load_seconds: float) -> dict[str, Any]:
     """The figures of a comparison and a speed measurement."""
@@ -78,14 +87,13 @@ def expert_figures(conversion: Mapping[str, Any]) -> dict[str, Any]:
 def judge(report: Mapping[str, Any], thresholds: Mapping[str, float | None]) -> list[str]:
     """What misses its threshold, in words; empty when the result passes."""
     failures = []
-    upper = ("perplexity_ratio", "kl_divergence")
     for name, bound in thresholds.items():
         if bound is None:
             continue
         value = report[name]
-        passes = value <= bound if name in upper else value >= bound  # false for NaN
+        passes = value <= bound if name in UPPER else value >= bound  # false for NaN
         if not passes:
-            side = "above" if name in upper else "below"
+            side = "above" if name in UPPER else "below"
             failures.append(f"{name} {value:.4g} is {side} {bound:g}")
     return failures
 

@@ -35,11 +35,15 @@ def revalidate(
     text: Path | None,
     device_memory: str,
     announce: Callable[[str], None],
+    *,
+    threads: int | None = None,
+    keep: bool = True,
 ) -> dict[str, Any]:
     """Measure `model` and return its report; a model of ours also keeps it as its report.json.
 
     `source`: stream this checkpoint anew for the predictions to compare with; without it the
-    model's own record serves.  `text`: what to measure on (with `source` only).
+    model's own record serves.  `text`: what to measure on (with `source` only).  `threads`: CPU
+    threads, in place of those of the model's recipe.  `keep`: false leaves the model untouched.
     """
     if not model.is_dir():
         raise CheckpointError(f"{model} is not a directory")
@@ -47,7 +51,7 @@ def revalidate(
         raise RecipeError("--text goes with --source: the record in a model is of its own text")
     memory = parse_size(device_memory)
     recipe = _recipe(model)
-    use_threads(recipe.limits.threads if recipe else None)
+    use_threads(threads or (recipe.limits.threads if recipe else None))
     reference = None
     if source is not None:
         windows, labels = _windows(model, text)
@@ -60,7 +64,7 @@ def revalidate(
         reference=reference,
         progress=announce_rarely(announce),
     )
-    if (model / CONVERSION).is_file() and source is None:
+    if keep and (model / CONVERSION).is_file() and source is None:
         write_json(model / REPORT_FILE, report)
         page_beside(model)
     return report
