@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -241,6 +242,8 @@ def nightly(
 
     Example: requant nightly recipes/nightly
     """
+    if any(find_spec(name) is None for name in ("trackio", "matplotlib")):
+        raise UserError("nights need trackio and matplotlib: pip install 'requant[nightly]'")
     from pipeline.nightly.night import run_night
     from pipeline.nightly.outputs import as_dict, details, night_table
     from pipeline.report.tables import show

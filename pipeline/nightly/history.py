@@ -11,7 +11,6 @@ retention go to the file directly, by the standard library: a row is one line of
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -42,8 +41,6 @@ class History:
         self.path = folder / FILE
         self.kept_aside: Path | None = None
         """Where a damaged history was put, if there was one."""
-        if importlib.util.find_spec("trackio") is None:
-            raise OutputError("the history needs trackio: pip install 'requant[nightly]'")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._records = self._read()

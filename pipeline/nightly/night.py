@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pipeline.checkpoint.writer import write_bytes
 from pipeline.errors import OutputError, UserError
 from pipeline.nightly import outputs
 from pipeline.nightly.attempt import Attempt, attempt
@@ -24,6 +25,7 @@ from pipeline.nightly.history import History, Record
 from pipeline.nightly.jobs import NightlyJob, collect
 from pipeline.nightly.machine import commit, describe, versions
 from pipeline.nightly.notify import notify
+from pipeline.nightly.page import night_page
 from pipeline.nightly.recipe import NightlyRecipe
 from pipeline.nightly.rules import (
     FIGURES,
@@ -99,7 +101,9 @@ def run_night(
             history.append(records)
         history.prune(keep_rows)
         night = Night(started, tuple(records), folder, tuple(notes))
-        outputs.write(night, {job.name: history.of(job.name) for job in jobs})
+        outputs.write(night)
+        page = night_page(night, {job.name: history.of(job.name) for job in jobs})
+        write_bytes(folder / "index.html", page.encode())
         _keep_newest(state, keep_nights, folder)
         notify(night, announce)
     return night

@@ -1,11 +1,11 @@
-"""A night as a table, JSON, JUnit XML, Markdown and a page."""
+"""A night as a table, JSON, JUnit XML and Markdown; page.py makes its page."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -149,8 +149,8 @@ def junit(night: Night) -> bytes:
     return bytes(ET.tostring(suites, encoding="utf-8", xml_declaration=True))
 
 
-def write(night: Night, history: Mapping[str, Sequence[Record]]) -> None:
-    """summary.json, junit.xml, summary.md and index.html into the night's folder."""
+def write(night: Night) -> None:
+    """summary.json, junit.xml and summary.md into the night's folder."""
     write_json(night.folder / "summary.json", as_dict(night))
     write_bytes(night.folder / "junit.xml", junit(night))
     write_bytes(night.folder / "summary.md", markdown(night).encode())

@@ -1,0 +1,332 @@
+"""A real night: five models, one broken, one with a changed weight, one made slower."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from support.browser import CHROMIUM, Browser
+
+from pipeline.checkpoint.sums import write_sums
+from pipeline.checkpoint.writer import write_safetensors
+from pipeline.nightly import night
+from pipeline.nightly.history import History
+from pipeline.nightly.night import run_night
+
+pytestmark = pytest.mark.xdist_group("nightly")
+
+NAMES = ("broken", "changed", "slow", "well-1", "well-2")
+OUTCOMES = {
+    "broken": "broken",
+    "changed": "regression",
+    "slow": "regression",
+    "well-1": "ok",
+    "well-2": "ok",
+}
+
+
+class Brake:
+    """Lets the processes of one job run a sixth of the time, as cpulimit does: a real slowdown.
+
+    It is found by its command line, and knows nothing of what is measured.
+    """
+
+    def __init__(self, job: str) -> None:
+        self._mark = f"/{job}-".encode()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+
+    def __enter__(self) -> "Brake":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        found = None
+        while not self._ended.is_set():
+            found = found if found and self._signal(found, signal.SIGSTOP) else self._find()
+            time.sleep(0.05)
+            if found:
+                self._signal(found, signal.SIGCONT)
+                time.sleep(0.01)
+
+    def _find(self) -> int | None:
+        for folder in Path("/proc").iterdir():
+            try:
+                line = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"pipeline.nightly.worker" in line and self._mark in line:
+                return int(folder.name)
+        return None
+
+    @staticmethod
+    def _signal(process: int, number: int) -> bool:
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def triple_one_scale(model: Path) -> None:
+    """A changed weight in a directory that is otherwise consistent, checksums included."""
+    shard = sorted(model.glob("model-experts-layer-*.safetensors"))[0]
+    tensors = load_file(shard)
+    for name in [n for n in tensors if n.endswith("down_proj.scales")][:2]:
+        tensors[name] = tensors[name] * 3
+    write_safetensors(shard, tensors)
+    write_sums(model)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, finished):
+    """Five models with their recipes, and the history of one good night."""
+    root = tmp_path_factory.mktemp("nightly")
+    (root / "recipes").mkdir()
+    for name in NAMES:
+        shutil.copytree(finished.output, root / name)
+        recipe = {"model": str(root / name), "threads": 1, "time_limit_minutes": 10}
+        if name == "slow":  # speed is compared from the second night; elsewhere a test is no place
+            recipe["relative"] = {"minimum": 1}
+        (root / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    first = go(root, "recipes/well-1.yaml")
+    assert first.code == 0
+    history = History(root / "state" / "history")
+    history.append([first.records[0] | {"job": name} for name in NAMES if name != "well-1"])
+    return root
+
+
+def go(root, *targets, said=None, **options):
+    options = {"accept": (), "keep_nights": 30, "keep_rows": 400} | options
+    return run_night(
+        [str(root / target) for target in targets],
+        root / "state",
+        roots=[root],
+        announce=(said if said is not None else []).append,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def bad(place):
+    """The night on which three of the five went wrong."""
+    (place / "broken" / "config.json").write_text("{")
+    triple_one_scale(place / "changed")
+    with Brake("slow"):
+        return go(place, "recipes")
+
+
+def test_exactly_the_bad_ones_are_reported(bad):
+    assert {r["job"]: r["outcome"] for r in bad.records} == OUTCOMES
+    states = {r["job"]: r["state"] for r in bad.records}
+    assert [states[name] for name in NAMES] == ["new", "new", "new", "ok", "ok"]
+    assert bad.code == 2
+    reasons = {r["job"]: " ".join(r["reasons"]) for r in bad.records}
+    assert "config.json" in reasons["broken"]
+    assert "kl_divergence" in reasons["changed"] and "tokens_per_second" not in reasons["changed"]
+    assert "tokens_per_second" in reasons["slow"] and "kl_divergence" not in reasons["slow"]
+    changed = {r["job"]: r["changed"] for r in bad.records}
+    assert changed["changed"][0].startswith("the model's files: ") and changed["slow"] == []
+
+
+def test_bad_jobs_ran_twice_and_good_ones_once(bad):
+    assert [len(r["runs"]) for r in bad.records] == [2, 2, 2, 1, 1]
+
+
+def test_history_grew_by_one_row_each(place, bad):
+    history = History(place / "state" / "history")
+    for record in bad.records:
+        rows = history.of(record["job"])
+        assert len(rows) == 2 and rows[-1] == record
+
+
+def test_what_is_recorded(bad):
+    record = bad.records[-1]
+    assert record["seed"] == 0 and record["versions"].keys() >= {"torch", "requant", "python"}
+    assert record["machine"]["threads"] == 1 and record["machine"]["cpu"]
+    for key in ("source", "quantized", "placement", "experts", "stages", "load_seconds"):
+        assert key in record["report"]
+    head = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    assert (record["commit"] or "").rstrip("+") == head
+
+
+def test_no_model_was_written_to(place, finished):
+    for name in ("well-1", "slow"):
+        for file in ("report.json", "SHA256SUMS"):
+            assert (place / name / file).read_bytes() == (finished.output / file).read_bytes()
+
+
+def test_junit_and_json(bad):
+    suites = ET.parse(bad.folder / "junit.xml").getroot()
+    (suite,) = suites
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("5", "2", "1")
+    found = {case.get("name"): [child.tag for child in case] for case in suite}
+    assert found["broken"][-1] == "error" and found["slow"][-1] == "failure"
+    assert found["well-1"] == ["properties"]
+    summary = json.loads((bad.folder / "summary.json").read_text())
+    assert summary["exit_code"] == 2 and summary["jobs"] == list(bad.records)
+    assert summary["summary"] == "5 jobs: 2 ok, 2 regression, 1 broken"
+    latest = (bad.folder.parent.parent / "latest" / "summary.json").read_text()
+    assert json.loads(latest)["started"] >= bad.started
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt: chromium)")
+def test_the_page_in_a_browser(bad):
+    page = bad.folder / "index.html"
+    with Browser() as browser:
+        for width, dark in ((400, False), (400, True), (1400, False), (1400, True)):
+            name = f"nightly-{width}-{'dark' if dark else 'light'}"
+            seen = browser.open(page, width, dark=dark, screenshot=name)
+            assert seen.requests == [page.resolve().as_uri()] and seen.complaints == []
+            assert seen.overflow <= 0 and seen.wide == []
+            assert "5 jobs: 2 ok, 2 regression, 1 broken (3 new)." in seen.text
+        reached = browser.tabbed(page, 9)
+    assert reached[0] == "a Skip to the content"
+    assert "a broken: broken (new)" in reached and "div Tonight's jobs" in reached
+
+
+def test_fixed_still_failing_and_accepted(place, bad, finished):
+    """The next night: one mended, one not, one declared the new normal."""
+    shutil.copy(finished.output / "config.json", place / "broken" / "config.json")
+    following = go(place, "recipes/broken.yaml", "recipes/changed.yaml")
+    assert [(r["outcome"], r["state"]) for r in following.records] == [
+        ("ok", "fixed"),
+        ("regression", "still failing"),
+    ]
+    assert following.code == 1
+    accepted = go(place, "recipes/changed.yaml", accept=["changed"])
+    assert (accepted.code, accepted.records[0]["state"]) == (0, "fixed")
+    assert go(place, "recipes/changed.yaml").records[0]["state"] == "ok"
+
+
+def test_damage_is_a_regression_though_it_can_be_measured(place, bad):
+    """A flipped bit that costs no quality, in a directory whose sums say so."""
+    file = place / "well-2" / "tokenizer_config.json"
+    before = file.read_bytes()
+    file.write_bytes(before + b"\n")
+    try:
+        found = go(place, "recipes/well-2.yaml")
+    finally:
+        file.write_bytes(before)
+    assert found.code == 1
+    (reason,) = found.records[0]["reasons"]
+    assert reason.startswith("damaged: tokenizer_config.json")
+
+
+def test_time_limit_and_bounds(place, bad):
+    (place / "more").mkdir()
+    limits = {
+        "late": {"time_limit_minutes": 0.005},
+        "bound": {"thresholds": {"load_seconds": 1e-6}},
+    }
+    for name, keys in limits.items():
+        recipe = {"model": str(place / "well-1"), "threads": 1, "verify": False} | keys
+        (place / "more" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    bound, late = go(place, "more").records
+    assert "load_seconds" in bound["reasons"][0] and bound["outcome"] == "regression"
+    assert late["outcome"] == "broken" and "time limit" in late["reasons"][0]
+
+
+def test_a_second_start_is_refused(place, cli, monkeypatch):
+    """Against a night in another process, which is stopped as systemd stops it."""
+    monkeypatch.chdir(place)
+    command = [sys.executable, "-m", "pipeline", "nightly", "well-1", "--state", "other"]
+    with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True) as running:
+        assert "[1/1] well-1" in running.stderr.readline()
+        answer = cli("nightly", "well-1", "--state", "other")
+        running.terminate()
+        assert running.wait(30) == 130
+        assert "Traceback" not in running.stderr.read()
+    assert answer.code == 2 and answer.out == ""
+    assert f"another night is running (process {running.pid}, since 20" in answer.err
+    assert answer.err.count("\n") == 1
+    with (place / "other" / "lock").open() as lock:  # free again
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (log,) = (place / "other").rglob("well-1-1.log")
+    assert log.is_file()
+    for folder in Path("/proc").glob("[0-9]*"):  # its job was ended with it
+        try:
+            assert str(place / "other").encode() not in (folder / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def test_old_nights_are_deleted(place, bad, monkeypatch):
+    """Without a job to wait for: a recipe that cannot be read."""
+    (place / "none.yaml").write_text("model: [")
+    mine = place / "state" / "nights" / "mine"
+    mine.mkdir()
+    folders = [go(place, "none.yaml", keep_nights=2, keep_rows=3).folder for _ in range(4)]
+    left = sorted(path for path in mine.parent.iterdir() if path != mine)
+    assert left == folders[-2:] and mine.is_dir()
+    assert (place / "state" / "latest").resolve() == folders[-1].resolve()
+    assert len(History(place / "state" / "history").of("none")) == 3
+
+
+def test_a_damaged_history_is_said_once(place, bad):
+    (place / "none.yaml").write_text("model: [")
+    (place / "state" / "history" / "nightly.db").write_bytes(b"no database")
+    said: list[str] = []
+    first = go(place, "none.yaml", said=said)
+    assert "the history was damaged" in said[0] and "a new one begun" in first.notes[0]
+    assert go(place, "none.yaml").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "neither a recipe"),
+        (["well-1", "--accept", "other"], "--accept other: no such job; tonight's are well-1"),
+        (["well-1", "--state", "recipes/slow.yaml"], "cannot be written to"),
+    ],
+)
+def test_mistakes_are_one_line(place, cli, monkeypatch, arguments, words):
+    monkeypatch.chdir(place)
+    answer = cli("nightly", *arguments)
+    assert answer.code == 2 and words in answer.err and answer.err.count("\n") == 1
+
+
+def test_an_unknown_hub_id_is_broken_in_one_line(place, cli, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(place / "cache"))
+    answer = cli("nightly", "org/no-such-model@no-such-revision", "--state", "hub")
+    assert answer.code == 2
+    (reason,) = [line for line in answer.out.splitlines() if line.startswith("org-no-such-model")]
+    assert "broken (new)" in reason and "org/no-such-model" in reason
+
+
+def test_states_over_many_nights():
+    """What is flaky: it went to and fro."""
+
+    def state(past, bad, runs=1, watched=()):
+        records = [{"outcome": "regression" if was else "ok"} for was in past]
+        now = {"outcome": "regression" if bad else "ok", "runs": [{}] * runs, "watched": watched}
+        return night._state(now, records)
+
+    assert state([], True) == "new" and state([], False) == "ok"
+    assert state([0, 0, 1], True) == "still failing"
+    assert state([0, 0, 1, 1], False) == "fixed"
+    assert state([0, 1, 0], True) == state([0, 1, 0, 1], False) == "flaky"
+    assert state([0, 1, 0] + [0] * 9, True) == "new"
+    assert state([0], False, runs=2) == "flaky"
+    assert state([0], False, runs=2, watched=["slow"]) == "watched"
