@@ -153,8 +153,8 @@ def _night_of(
     }
     record["state"] = _state(record, past)
     record["changed"] = _changed(record, past)
-    finite: Record = _finite(record)
-    return finite
+    plain: Record = _plain(record)
+    return plain
 
 
 def figures_of(run: Attempt) -> dict[str, float]:
@@ -162,12 +162,15 @@ def figures_of(run: Attempt) -> dict[str, float]:
     return {f.name: run.report[f.name] for f in FIGURES if f.name in run.report}
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401
-    """Plain data with null for NaN and infinities, which JSON does not have."""
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Data that JSON in UTF-8 can hold: null for NaN and infinities, and no lone surrogates, which
+    names of files can bring along."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -73,7 +73,7 @@ def test_a_conversion_recipe_stands_for_its_output(tmp_path, project):
     ],
 )
 def test_what_a_recipe_refuses(keys, words):
-    with pytest.raises(RecipeError, match="r.yaml") as caught:
+    with pytest.raises(RecipeError, match=r"r\.yaml") as caught:
         parse_nightly(keys, "r.yaml")
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
