@@ -34,14 +34,16 @@ WORDS = {
 
 def night_page(night: Night, history: Mapping[str, Sequence[Record]]) -> str:
     """The page as HTML; `history` holds each job's records, tonight's last."""
-    worst = max(night.records, key=lambda record: list(WORDS).index(record["outcome"]))["outcome"]
+    badness = list(WORDS).index
+    ordered = sorted(night.records, key=lambda record: -badness(record["outcome"]))
+    worst = ordered[0]["outcome"]
     counts = Counter(record["state"] for record in night.records)
     special = [f"{counts[state]} {state}" for state in sorted(counts) if state != "ok"]
     sentence = f"{headline(night)}{' (' + ', '.join(special) + ')' if special else ''}."
     sections = [_overview(night)]
     sections += [
         _job(number, record, history[record["job"]][-SHOWN_NIGHTS:])
-        for number, record in enumerate(night.records, 1)
+        for number, record in enumerate(ordered, 1)  # what is bad comes first
     ]
     return render(
         "nightly.html.j2",
@@ -146,7 +148,7 @@ def _trend(figure: Figure, past: Sequence[Record]) -> tuple[Picture, None] | Non
         low, high = min([*values, median or values[0]]), max([*values, median or values[0]])
         margin = max(0.15 * (high - low), 0.02 * abs(high))
         ax.set_ylim(low - margin, high + margin)
-        locator = AutoDateLocator(maxticks=5)
+        locator = AutoDateLocator(minticks=2, maxticks=6)
         ax.xaxis.set_major_locator(locator)
         ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
         ax.yaxis.set_major_locator(MaxNLocator(4))
