@@ -1,0 +1,170 @@
+"""The parts of scripts/bench_quality.py: reading peers' formats, running them, comparing rows."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from quality.compressed_tensors import to_dense
+from quality.methods import METHODS, slug
+from quality.rows import reading_error, rewritten, run_measured
+from quality.table import comparisons, difference, recovered, table
+from safetensors.torch import save_file
+
+from pipeline.checkpoint.reader import Checkpoint
+
+BITS = 4
+
+
+def packed_along(codes, dim):
+    """Signed 4-bit codes [a, b] to int32 words along `dim`, eight a word, one by one in Python."""
+    codes = codes.T if dim == 0 else codes
+    words = [
+        [
+            sum((int(code) + 8) << (4 * i) for i, code in enumerate(row[start : start + 8]))
+            for start in range(0, len(row), 8)
+        ]
+        for row in codes.tolist()
+    ]
+    result = torch.tensor(words, dtype=torch.int64).to(torch.uint32).view(torch.int32)
+    return (result.T if dim == 0 else result).contiguous()
+
+
+def packed_directory(folder, symmetric, group):
+    """A pack-quantized directory of two experts and a norm, and the weights that it means."""
+    generator = torch.Generator().manual_seed(group + symmetric)
+    tensors = {"model.norm.weight": torch.randn(64, generator=generator).bfloat16()}
+    weights = {}
+    for name, (rows, columns) in {"gate": (16, 64), "down": (64, 32)}.items():
+        codes = torch.randint(-8, 8, (rows, columns), generator=generator)
+        scales = torch.rand(rows, columns // group, generator=generator).bfloat16()
+        zeros = torch.randint(-8, 8, scales.shape, generator=generator)
+        zeros = zeros * 0 if symmetric else zeros
+        module = f"model.layers.0.mlp.experts.3.{name}_proj"
+        tensors[f"{module}.weight_packed"] = packed_along(codes, 1)
+        tensors[f"{module}.weight_scale"] = scales
+        tensors[f"{module}.weight_shape"] = torch.tensor([rows, columns])
+        if not symmetric:
+            tensors[f"{module}.weight_zero_point"] = packed_along(zeros, 0)
+        weights[module] = torch.tensor(
+            [
+                [
+                    (codes[o, i] - zeros[o, i // group]).item() * scales[o, i // group].item()
+                    for i in range(columns)
+                ]
+                for o in range(rows)
+            ]
+        )
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    config = {"model_type": "qwen3_next", "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors, weights
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [16, 32])
+def test_compressed_tensors_become_dense(tmp_path, symmetric, group):
+    tensors, weights = packed_directory(tmp_path / "packed", symmetric, group)
+    to_dense(tmp_path / "packed", tmp_path / "dense")
+    dense = Checkpoint.open(tmp_path / "dense")
+    assert set(dense.weights) == {*(f"{m}.weight" for m in weights), "model.norm.weight"}
+    for module, weight in weights.items():
+        assert torch.equal(dense.load(f"{module}.weight"), weight)
+    assert torch.equal(dense.load("model.norm.weight"), tensors["model.norm.weight"])
+    assert "quantization_config" not in dense.config
+
+
+def test_reading_is_held_against_the_peers_own(tmp_path):
+    _, weights = packed_directory(tmp_path / "packed", False, 16)
+    to_dense(tmp_path / "packed", tmp_path / "dense")
+    save_file(weights, tmp_path / "own.safetensors")
+    assert reading_error(tmp_path / "dense", tmp_path / "own.safetensors") == 0
+    wrong = {module: weight * 1.5 for module, weight in weights.items()}
+    save_file(wrong, tmp_path / "own.safetensors")
+    error = reading_error(tmp_path / "dense", tmp_path / "own.safetensors")
+    assert error == pytest.approx(1 / 3)
+
+
+def test_what_a_peer_rewrote_is_named(tmp_path):
+    norm, expert = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.experts.0.up.weight"
+    for name, factor in {"source": 1.0, "peer": 0.5}.items():
+        (tmp_path / name).mkdir()
+        tensors = {norm: torch.ones(4) * factor, expert: torch.ones(4, 4) * factor}
+        save_file(
+            tensors | {"lm_head.weight": torch.ones(4)}, tmp_path / name / "model.safetensors"
+        )
+        (tmp_path / name / "config.json").write_text("{}")
+    assert rewritten(tmp_path / "peer", tmp_path / "source") == ["input_layernorm.weight"]
+
+
+def test_a_process_is_measured(tmp_path):
+    code = "x = bytearray(300 << 20); sum(range(10 ** 6)); print('said')"
+    ended = run_measured([sys.executable, "-c", code], os.environ, tmp_path / "log", 60)
+    assert ended.error is None
+    assert ended.peak_bytes > 300 << 20
+    assert ended.cpu_seconds > 0
+    assert (tmp_path / "log").read_text() == "said\n"
+
+
+def test_a_peers_error_is_its_last_line(tmp_path):
+    code = "raise ValueError('needs a GPU')"
+    ended = run_measured([sys.executable, "-c", code], os.environ, tmp_path / "log", 60)
+    assert ended.error == "ValueError: needs a GPU"
+
+
+def test_a_peer_is_stopped_with_its_children(tmp_path):
+    child = f"import time; time.sleep(2); open({str(tmp_path / 'alive')!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    ended = run_measured([sys.executable, "-c", code], os.environ, tmp_path / "log", 1)
+    assert ended.error == "stopped after 1 s"
+    time.sleep(2)
+    assert not (tmp_path / "alive").exists()
+
+
+def made(method, perplexity, kl, peer=False, family="gptq", error=None):
+    """A row on one text of four windows of ten tokens, all alike."""
+    nll = torch.tensor(perplexity).log().item() * 10
+    windows = {"count": [10] * 4, "nll": [nll] * 4, "kl": [kl * 10] * 4}
+    found = {"source_perplexity": 8.0, "perplexity": perplexity, "kl": kl, "top1": 0.9}
+    row = {"method": method, "group": 32, "family": family, "peer": peer, "error": error}
+    row |= {"bytes": 10**6, "seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 2**30}
+    return row if error else row | {"texts": {"in": found | {"windows": windows}}}
+
+
+def test_ours_is_compared_with_the_best_peer_of_its_kind():
+    rows = [
+        made("rounding", 10.0, 0.04, family="rounding"),
+        made("ours gptq", 9.0, 0.02),
+        made("ours awq", 9.5, 0.03, family="awq"),
+        made("A gptq", 9.2, 0.01, peer=True),
+        made("B gptq", 9.4, 0.05, peer=True),
+        made("B awq", 9.6, 0.06, peer=True, family="awq"),
+        made("C", 0, 0, peer=True, family="autoround", error="needs a GPU"),
+    ]
+    lines = comparisons(rows).splitlines()[2:]
+    assert lines == [
+        "| 32 | ours gptq | in | KL, nats per token | A gptq"
+        " | +0.01000 [+0.01000, +0.01000] | **worse** |",
+        "| 32 | ours gptq | in | log perplexity | A gptq"
+        " | -0.02198 [-0.02198, -0.02198] | better |",
+        "| 32 | ours awq | in | KL, nats per token | B awq"
+        " | -0.03000 [-0.03000, -0.03000] | better |",
+        "| 32 | ours awq | in | log perplexity | B awq | -0.01047 [-0.01047, -0.01047] | better |",
+    ]
+    assert recovered(rows[1], rows[0], "in") == pytest.approx(0.5)
+    assert difference(rows[0], rows[0], "in", "kl").estimate == 0
+    source = {"bytes": 10**7, "texts": {"in": {"perplexity": 8.0}}}
+    shown = table(rows, source)
+    assert "| 32 | C | | failed: needs a GPU |" in shown
+    assert "| 32 | ours gptq | in | 9.0000 | 1.1250 | 0.02000 | 0.9000 | 50% |" in shown
+
+
+def test_rows_have_names_of_files():
+    names = {slug(name, group) for name in METHODS for group in (32, 128)}
+    assert len(names) == 2 * len(METHODS)
+    assert all(Path(name).name == name and " " not in name for name in names)
