@@ -2,15 +2,18 @@
 
 import logging
 import random
+import string
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 sys.path.insert(0, str(Path(__file__).parent / "hybrid"))  # its reader of our own output
 
+from support.hub import HubServer
 from support.recipes import MICRO, Project
 
 from pipeline.cli import main
@@ -70,6 +73,24 @@ def finished(tmp_path_factory, texts) -> Project:
     project.run()
     torch.set_num_threads(threads)
     return project
+
+
+HUB_TOKEN = "hf_" + "".join(random.choices(string.ascii_letters, k=34))
+"""Another one in every session, so that a search for it in what was written finds no other text."""
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub of one's own, with an empty cache; the token belongs to `ann`, a member of `acme`."""
+    with HubServer() as server:
+        server.store.token(HUB_TOKEN, user="ann", orgs=("acme",))
+        for name, value in server.environment(HUB_TOKEN).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # read when it was imported
+        for name in ("HF_HOME", "HF_HUB_CACHE"):
+            monkeypatch.setattr(constants, name, str(tmp_path / name))
+            monkeypatch.setenv(name, str(tmp_path / name))
+        yield server
 
 
 @dataclass(frozen=True)
