@@ -239,7 +239,7 @@ def _down_scales(
     """
     _, hessian = _down_hessian(job, inputs, tile.gate_up.to(inputs.dtype), offsets, layer)
     candidates = candidate_scales(hessian.diagonal(dim1=1, dim2=2))
-    losses = scale_losses(tile.down, hessian, candidates, job.scheme)
+    losses = scale_losses(tile.down, hessian, candidates, job.scheme, job.options)
     seen = torch.tensor(offsets, device=losses.device).diff() > 0
     return best_scales(candidates, losses * seen)
 

@@ -21,6 +21,7 @@ from pipeline.errors import RecipeError
 from pipeline.models import Architecture
 from pipeline.models.architecture import Fold, Geometry
 from pipeline.quantize.hessian import routed_hessians
+from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.scaling import best_scales, candidate_scales, fold_norm, scale_losses
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context
@@ -141,10 +142,17 @@ def _quantized(architecture: Architecture, chosen: Collection[str]) -> set[str]:
 class LayerFolding:
     """Finds and applies the scales of one layer after the other."""
 
-    def __init__(self, context: Context, stream: LayerStream, scheme: AffineScheme) -> None:
+    def __init__(
+        self,
+        context: Context,
+        stream: LayerStream,
+        scheme: AffineScheme,
+        options: SolverOptions,
+    ) -> None:
         self._context = context
         self._stream = stream
         self._scheme = scheme
+        self._options = options
         self._chosen = context.recipe.requantize.modules
 
     def fold(
@@ -221,7 +229,9 @@ class LayerFolding:
             if consumer in quantized and "*" not in consumer:
                 weight = module.get_submodule(consumer).weight
                 assert isinstance(weight, Tensor)
-                losses = scale_losses(weight[None], moment[None], tried, self._scheme)
+                losses = scale_losses(
+                    weight[None], moment[None], tried, self._scheme, self._options
+                )
                 total += losses.sum(1)
         if any("*" in consumer for consumer in fold.consumers):
             total += self._expert_losses(layer, recorded, tried)
@@ -241,5 +251,6 @@ class LayerFolding:
             offsets = torch.tensor(routed.offsets[experts.start : experts.stop + 1]) - base
             inputs = routed.inputs[routed.tokens[base : routed.offsets[experts.stop]]]
             hessian = routed_hessians(inputs, offsets)
-            total += scale_losses(dense.gate_up, hessian, candidates, self._scheme).sum(1)
+            losses = scale_losses(dense.gate_up, hessian, candidates, self._scheme, self._options)
+            total += losses.sum(1)
         return total

@@ -99,7 +99,9 @@ class Requantize:
         self._pack = output_format(recipe).pack
         self._stream = LayerStream(context.checkpoint, context.architecture, context.device)
         self._folding = (
-            LayerFolding(context, self._stream, self._scheme) if self._quantizer.folds else None
+            LayerFolding(context, self._stream, self._scheme, self._options)
+            if self._quantizer.folds
+            else None
         )
         self._streams: _Streams | None = None
         # One writer, at most one layer behind: the packed layer being written and the one being

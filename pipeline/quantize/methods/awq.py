@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.batch import as_batch
-from pipeline.quantize.grid import encode, fit_grid
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.methods.gptq import Gptq
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
+from pipeline.quantize.scaling import round_clipped
 from pipeline.quantize.solved import Solved, energy, relative
-from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+from pipeline.quantize.tensor import AffineScheme
 
 
 class Awq:
@@ -33,26 +32,12 @@ class Awq:
         scheme: AffineScheme,
         options: SolverOptions,
     ) -> Solved:
-        """See `pipeline.quantize.solved.Quantizer`; uses `options.scale_search` only.
-
-        The clipping search weights each column's squared error by the mean square of its input.
-        """
+        """See `pipeline.quantize.solved.Quantizer`; uses `options.scale_search` only."""
         matrices, moments = as_batch(weight, hessian)
         if moments is None:
             raise ValueError("awq needs a Hessian")
-        grid = fit_grid(
-            matrices,
-            scheme,
-            search=options.scale_search,
-            importance=moments.diagonal(dim1=1, dim2=2).contiguous(),
-            backend=solver_backend(matrices.device),
-        )
-        arrays = {
-            "codes": encode(matrices, grid, scheme.bits),
-            "scales": grid.scales,
-            "zeros": grid.zeros,
-        }
-        quantized = QuantizedTensor(scheme, arrays)
+        moment = moments.diagonal(dim1=1, dim2=2)
+        quantized = round_clipped(matrices, moment, scheme, options)
         with full_float32():
             lost = energy(matrices - quantized.dequantize(), moments)
             loss = relative(lost, energy(matrices, moments))
