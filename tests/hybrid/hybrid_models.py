@@ -86,10 +86,24 @@ def _dense(parts, bits):
     return torch.from_numpy((scales[group] * (codes - zeros[group])).T.astype(np.float32).copy())
 
 
+def _dense_awq(parts):
+    places = [0, 4, 1, 5, 2, 6, 3, 7]  # nibble of each output of a word
+
+    def outputs(words):
+        fields = [(words.astype(np.int64) >> (4 * place)) & 15 for place in places]
+        return np.stack(fields, axis=2).reshape(len(words), -1)
+
+    codes, zeros = outputs(parts["qweight"]), outputs(parts["qzeros"])  # [in, out], [groups, out]
+    group = np.arange(len(codes)) // (len(codes) // len(zeros))
+    scales = parts["scales"].astype(np.float32)
+    return torch.from_numpy((scales[group] * (codes - zeros[group])).T.astype(np.float32).copy())
+
+
 def dequantised_state(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of an output directory as float32, by its dense name."""
     config = json.loads((path / "config.json").read_text())
     bits = config["quantization_config"]["bits"]
+    awq = config["quantization_config"]["quant_method"] == "awq"
     state: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         if "reference" in file.name:
@@ -99,10 +113,10 @@ def dequantised_state(path: Path) -> dict[str, torch.Tensor]:
             arrays = _numpy(file)
             for name in packed:
                 module = name.removesuffix(".qweight")
-                parts = {
-                    p: arrays[f"{module}.{p}"] for p in ("qweight", "qzeros", "scales", "g_idx")
-                }
-                state[f"{module}.weight"] = _dense(parts, bits)
+                names = ("qweight", "qzeros", "scales", *([] if awq else ["g_idx"]))
+                parts = {p: arrays[f"{module}.{p}"] for p in names}
+                dense = _dense_awq(parts) if awq else _dense(parts, bits)
+                state[f"{module}.weight"] = dense
         for name, tensor in load_torch(file).items():
             if not name.endswith((".qweight", ".qzeros", ".scales", ".g_idx")):
                 state[name] = tensor.float()

@@ -1,6 +1,7 @@
 """Folding: the model stays the same whatever the scales are; and what refuses to be folded."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,18 @@ from pipeline.errors import RecipeError
 from pipeline.models import ARCHITECTURES
 from pipeline.models.architecture import Fold
 from pipeline.models.skeleton import geometry_of, model_config
-from pipeline.stages.experts import DenseTile, fold_tile
+from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.tensor import AffineScheme
+from pipeline.stages.experts import (
+    DenseTile,
+    LayerStatistics,
+    Routed,
+    TileJob,
+    add_output,
+    fold_tile,
+    solve_tile,
+)
 from pipeline.stages.folding import check_folds, fold_tensors, layer_folds
 
 QWEN = ARCHITECTURES["qwen3_next"]
@@ -229,3 +241,50 @@ def test_biases_of_folded_rows():
 
     folded, _ = fold_tensors(QWEN, fold, 3, tensors, torch.tensor([0.5, 3.0, 1.0, 9.0]), {})
     assert torch.allclose(output(folded), output(tensors), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_an_expert_without_tokens_keeps_the_neutral_scale(method, one_thread):
+    """Its matrices are quantised all the same, and others' up and down are scaled together."""
+    hidden, inner, counts = 64, 32, [200, 0, 90]
+    loud = torch.exp(torch.randn(inner))
+    gate_up = torch.randn(3, 2 * inner, hidden) * 0.1
+    gate_up[:, inner:] *= loud.unsqueeze(-1)
+    tile = DenseTile(gate_up.bfloat16(), (torch.randn(3, hidden, inner) * 0.1).bfloat16())
+    x = torch.randn(sum(counts), hidden).bfloat16()
+    routed = Routed(x, torch.arange(len(x)), torch.ones(len(x)), (0, 200, 200, 290))
+    job = TileJob(
+        checkpoint=None,
+        architecture=QWEN,
+        layer=0,
+        experts=range(3),
+        device=torch.device("cpu"),
+        quantizer=QUANTIZERS[method],
+        scheme=AffineScheme(4, 32, False),
+        options=SolverOptions(),
+        inner=inner,
+    )
+    common = x.float().T @ x.float() / len(x)
+    layer = LayerStatistics(
+        common, x[:40], None, torch.exp(torch.randn(hidden) / 3), folds_down=True
+    )
+    folded = dataclasses.replace(routed, inputs=(x / layer.scale).bfloat16())
+    layer = dataclasses.replace(layer, common=common / torch.outer(layer.scale, layer.scale))
+    layer = dataclasses.replace(layer, sample=folded.inputs[:40])
+    solved = solve_tile(job, tile, folded, layer)
+    up = solved.up.dequantize() / layer.scale
+    ratio = (up.norm(dim=-1) / tile.gate_up[:, inner:].float().norm(dim=-1)).log().abs()
+    assert float(ratio[1].median()) < 0.05  # not scaled
+    assert float(ratio[0].median()) > 0.1
+    for expert in range(3):
+        outputs = []
+        for weights, inputs in ((tile, x), (solved.dense, folded.inputs)):
+            total = torch.zeros(len(x), hidden)
+            add_output(
+                dataclasses.replace(job, experts=range(1)),
+                DenseTile(weights.gate_up[expert : expert + 1], weights.down[expert : expert + 1]),
+                Routed(inputs, torch.arange(len(x)), torch.ones(len(x)), (0, len(x))),
+                total,
+            )
+            outputs.append(total)
+        assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 0.25
