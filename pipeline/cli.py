@@ -275,12 +275,15 @@ def _finish(
     report: dict[str, Any], as_json: bool, path: Path | None, page: Path | None = None
 ) -> None:
     from pipeline.report.optional import MISSING
-    from pipeline.report.tables import result_table, show
+    from pipeline.report.tables import coverage_table, result_table, show
 
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         show(result_table(report))
+        coverage = coverage_table(report)
+        if coverage is not None:
+            show(coverage)
         if path is not None:
             typer.echo(f"report: {path}")
         if page is not None and page.is_file():

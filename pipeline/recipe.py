@@ -98,6 +98,8 @@ class Requantize(Section):
     error_correction: bool = True
     """Let the experts make up for what earlier layers lost (GPTAQ); needs the calibration text to
     go through the source too.  Without meaning for methods that use no statistics."""
+    router_weighted: bool = False
+    """Weight an expert's tokens by the square of what the router gives them."""
     scale_search: bool = True
     """Search scales for the least squared error; false: from the minimum and maximum."""
     refinement_passes: int = Field(default=2, ge=0, le=20)

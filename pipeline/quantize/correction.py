@@ -24,18 +24,24 @@ DAMPING = 0.03
 left alone, since what was seen there is noise."""
 
 
-def routed_drift(target: Tensor, actual: Tensor, offsets: Sequence[int]) -> Tensor:
+def routed_drift(
+    target: Tensor, actual: Tensor, offsets: Sequence[int], weights: Tensor | None = None
+) -> Tensor:
     """Sum over each expert's tokens of (target - actual) actual^T: float32 [E, in, in].
 
     `target`, `actual`: [S, in], the source's and the quantised model's inputs of the same tokens,
-    ordered by expert; expert e has the rows offsets[e] to offsets[e + 1].
+    ordered by expert; expert e has the rows offsets[e] to offsets[e + 1].  `weights`: float32
+    [S], a weight for each row's product.
     """
     columns = actual.shape[1]
     total = torch.zeros(len(offsets) - 1, columns, columns, device=actual.device)
     with full_float32():
         for expert, (start, stop) in enumerate(pairwise(offsets)):
             x = actual[start:stop].float()
-            torch.mm((target[start:stop].float() - x).T, x, out=total[expert])
+            drift = target[start:stop].float() - x
+            if weights is not None:
+                drift *= weights[start:stop, None]
+            torch.mm(drift.T, x, out=total[expert])
     return total
 
 

@@ -72,6 +72,32 @@ def _add_tiles(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
         out[members] += total[: len(members)]
 
 
+def effective_rank(hessians: Tensor) -> Tensor:
+    """In how many directions each expert's inputs spread: float32 [E], 0 for one without tokens.
+
+    (tr H)^2 / tr(H^2), the participation ratio of the eigenvalues: n for n equal ones, 1 where one
+    outweighs the rest; no scale of H changes it.  It needs no eigenvalues, which at full size
+    would cost more than solving, and is at most exp of their entropy, another such measure.
+    `hessians`: float32 [E, in, in].
+    """
+    trace = hessians.diagonal(dim1=1, dim2=2).sum(dim=1)
+    squares = torch.linalg.vector_norm(hessians, dim=(1, 2)).square()
+    return torch.where(squares > 0, trace.square() / squares.clamp_min(1e-30), 0.0)
+
+
+def router_emphasis(weights: Tensor, offsets: Tensor) -> Tensor:
+    """Weights of an expert's tokens by what the router gives them: float32 [S], mean 1 an expert.
+
+    The layer adds g * W x, so a token's squared error counts g^2.  `weights`: float [S], ordered
+    by expert, whose rows are offsets[e] to offsets[e + 1].
+    """
+    squares = weights.float().square()
+    counts = offsets.to(weights.device).diff()
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=weights.device), counts)
+    total = torch.zeros(len(counts), device=weights.device).index_add_(0, owner, squares)
+    return squares * (counts / total.clamp_min(1e-30))[owner]
+
+
 def shrink(hessian_sum: Tensor, counts: Tensor, all_token_mean: Tensor, strength: float) -> Tensor:
     """Mean Hessians, those of experts that saw few tokens drawn towards a common one.
 

@@ -81,6 +81,19 @@ def expert_figures(conversion: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_min": min(counts),
         "tokens_median": statistics.median(counts),
         "without_tokens": sum(1 for count in counts if count == 0),
+        "coverage": [_coverage(layer) for layer in layers],
+    }
+
+
+def _coverage(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What each expert of a layer saw, in the experts' order: tokens, their share of the layer's
+    (token, expert) pairs, and the effective rank of its inputs (`quantize.hessian`)."""
+    pairs = max(sum(layer["tokens"]), 1)
+    return {
+        "layer": layer["layer"],
+        "tokens": layer["tokens"],
+        "share": [round(count / pairs, 6) for count in layer["tokens"]],
+        "effective_rank": layer.get("effective_rank", []),
     }
 
 

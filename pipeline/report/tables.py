@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,9 @@ from rich.table import Table
 from pipeline.checkpoint.summary import Summary
 from pipeline.plan import Plan
 from pipeline.progress import duration, size
+
+BAR_WIDTH = 40
+"""Characters of the longest bar."""
 
 
 def result_table(report: Mapping[str, Any]) -> Table:
@@ -45,6 +50,32 @@ def result_table(report: Mapping[str, Any]) -> Table:
     verdict = "passed" if report["passed"] else "FAILED: " + "; ".join(report["failures"])
     for name, value in [*rows, ("verdict", verdict)]:
         table.add_row(name, value)
+    return table
+
+
+def coverage_table(report: Mapping[str, Any]) -> Table | None:
+    """How many experts saw how many tokens, over all layers, by powers of two; None: not known."""
+    layers = (report.get("experts") or {}).get("coverage") or []
+    counts = [count for layer in layers for count in layer["tokens"]]
+    if not counts:
+        return None
+    ranks = [rank for layer in layers for rank in layer["effective_rank"]]
+    table = Table(title=f"tokens that {len(counts):,} experts saw in calibration")
+    table.add_column("tokens", justify="right")
+    table.add_column("experts", justify="right")
+    if ranks:
+        table.add_column("effective rank, median", justify="right")
+    table.add_column("")
+    bins = [count.bit_length() for count in counts]  # 0; 1; 2 to 3; 4 to 7; ...
+    largest = max(bins.count(bits) for bits in bins)
+    for bits in range(min(bins), max(bins) + 1):
+        low, high = (1 << bits) >> 1, max((1 << bits) - 1, 0)
+        members = [i for i, found in enumerate(bins) if found == bits]
+        cells = [f"{low:,}" if low == high else f"{low:,} to {high:,}", f"{len(members):,}"]
+        if ranks:
+            inside = [ranks[i] for i in members]
+            cells.append(f"{statistics.median(inside):.1f}" if inside else "")
+        table.add_row(*cells, "#" * math.ceil(BAR_WIDTH * len(members) / largest))
     return table
 
 

@@ -18,7 +18,12 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import NumericalError
 from pipeline.models import Architecture
 from pipeline.quantize.correction import corrected, routed_drift
-from pipeline.quantize.hessian import routed_hessians, shrink
+from pipeline.quantize.hessian import (
+    effective_rank,
+    routed_hessians,
+    router_emphasis,
+    shrink,
+)
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.scaling import best_scales, candidate_scales, scale_losses
 from pipeline.quantize.solved import Quantizer, Solved
@@ -97,6 +102,8 @@ class TileJob(TileSource):
     scheme: AffineScheme
     options: SolverOptions
     inner: int
+    router_weighted: bool = False
+    """Weight tokens by what the router gives them."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,8 @@ class SolvedTile:
     """The quantised weights, dequantised: what the next layer must see."""
     gate_up_loss: list[float]
     down_loss: list[float]
+    effective_rank: list[float]
+    """Of every expert's own inputs, nothing mixed in; empty for methods without statistics."""
 
 
 def decode_tile(job: TileSource, dtype: torch.dtype = COMPUTE_DTYPE) -> DenseTile:
@@ -177,30 +186,36 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
     tokens = routed.tokens[base : routed.offsets[experts.stop]]
     inputs = routed.inputs[tokens]
     target = None if layer.target is None else layer.target[tokens]
+    emphasis = None
+    if job.router_weighted:
+        given = routed.weights[base : routed.offsets[experts.stop]]
+        emphasis = router_emphasis(given, torch.tensor(offsets))
 
     hessian = None
+    rank: list[float] = []
     scaled = fold_tile(tile, layer.scale, None)
     folded = None
     if layer.folds_down:
-        folded = _down_scales(job, scaled, inputs, offsets, layer)
+        folded = _down_scales(job, scaled, inputs, emphasis, offsets, layer)
         scaled = fold_tile(scaled, None, folded)
     weight = scaled.gate_up
     if job.quantizer.needs_hessian:
         strength = STRENGTH * inputs.shape[1]
         counts = torch.tensor(offsets).diff()
-        hessian = shrink(
-            routed_hessians(inputs, torch.tensor(offsets)), counts, layer.common, strength
-        )
+        own = routed_hessians(inputs, torch.tensor(offsets), weights=emphasis)
+        rank = effective_rank(own).tolist()
+        hessian = shrink(own, counts, layer.common, strength)
+        del own
         if target is not None:
             wanted = target if layer.scale is None else (target / layer.scale).to(target.dtype)
-            drift = routed_drift(wanted, inputs, offsets) / _share(counts, strength, job.device)
-            weight = corrected(weight, hessian, drift)
+            drift = routed_drift(wanted, inputs, offsets, emphasis)
+            weight = corrected(weight, hessian, drift / _share(counts, strength, job.device))
     solved = _quantize(job, "gate and up", weight, hessian)
     gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
     del hessian, weight
 
     weight, down_hessian = _down_problem(
-        job, tile, scaled.down, inputs, target, gate_up, folded, offsets, layer
+        job, tile, scaled.down, inputs, target, emphasis, gate_up, folded, offsets, layer
     )
     solved_down = _quantize(job, "down", weight, down_hessian)
     return SolvedTile(
@@ -210,6 +225,7 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
         dense=DenseTile(gate_up, solved_down.quantized.dequantize(COMPUTE_DTYPE)),
         gate_up_loss=solved.loss.tolist(),
         down_loss=solved_down.loss.tolist(),
+        effective_rank=rank,
     )
 
 
@@ -230,14 +246,20 @@ def fold_tile(tile: DenseTile, inputs: Tensor | None, inner: Tensor | None) -> D
 
 
 def _down_scales(
-    job: TileJob, tile: DenseTile, inputs: Tensor, offsets: list[int], layer: LayerStatistics
+    job: TileJob,
+    tile: DenseTile,
+    inputs: Tensor,
+    emphasis: Tensor | None,
+    offsets: list[int],
+    layer: LayerStatistics,
 ) -> Tensor:
     """The scale of each expert's inner channels that costs its down least.
 
     Returns float32 [experts, inner].  `tile`: float32, folded for `inputs`.  An expert without
     tokens keeps the neutral scale.
     """
-    _, hessian = _down_hessian(job, inputs, tile.gate_up.to(inputs.dtype), offsets, layer)
+    gate_up = tile.gate_up.to(inputs.dtype)
+    _, hessian = _down_hessian(job, inputs, emphasis, gate_up, offsets, layer)
     candidates = candidate_scales(hessian.diagonal(dim1=1, dim2=2))
     losses = scale_losses(tile.down, hessian, candidates, job.scheme, job.options)
     seen = torch.tensor(offsets, device=losses.device).diff() > 0
@@ -245,7 +267,12 @@ def _down_scales(
 
 
 def _down_hessian(
-    job: TileJob, inputs: Tensor, gate_up: Tensor, offsets: list[int], layer: LayerStatistics
+    job: TileJob,
+    inputs: Tensor,
+    emphasis: Tensor | None,
+    gate_up: Tensor,
+    offsets: list[int],
+    layer: LayerStatistics,
 ) -> tuple[Tensor, Tensor]:
     """Inputs of every expert's down, bf16 [pairs, inner], and their Hessians."""
     strength = STRENGTH * job.inner
@@ -263,8 +290,8 @@ def _down_hessian(
         own_offsets.append(own_offsets[-1] + len(part))
     substitute = routed_hessians(torch.cat(own), torch.tensor(own_offsets)) / len(sample)
     # Where there is no substitute it is zero, and shrinking only scales, which changes nothing.
-    hessian = shrink(routed_hessians(actual, torch.tensor(offsets)), counts, substitute, strength)
-    return actual, hessian
+    routed = routed_hessians(actual, torch.tensor(offsets), weights=emphasis)
+    return actual, shrink(routed, counts, substitute, strength)
 
 
 def _down_problem(
@@ -273,6 +300,7 @@ def _down_problem(
     weight: Tensor,
     inputs: Tensor,
     target: Tensor | None,
+    emphasis: Tensor | None,
     gate_up: Tensor,
     folded: Tensor | None,
     offsets: list[int],
@@ -285,14 +313,15 @@ def _down_problem(
     """
     if not job.quantizer.needs_hessian:
         return weight, None
-    actual, hessian = _down_hessian(job, inputs, gate_up, offsets, layer)
+    actual, hessian = _down_hessian(job, inputs, emphasis, gate_up, offsets, layer)
     if target is not None:
         counts = torch.tensor(offsets).diff()
         wanted = _inner_of(job, target, tile.gate_up, offsets)
         if folded is not None:
             wanted /= folded.repeat_interleave(counts.to(folded.device), dim=0)
         share = _share(counts, STRENGTH * job.inner, job.device)
-        weight = corrected(weight, hessian, routed_drift(wanted, actual, offsets) / share)
+        drift = routed_drift(wanted, actual, offsets, emphasis)
+        weight = corrected(weight, hessian, drift / share)
     return weight, hessian
 
 

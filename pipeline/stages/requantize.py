@@ -267,6 +267,7 @@ class Requantize:
         statistics = self._layer_statistics(layer, routed, target, folded)
         packed: dict[str, Tensor] = {}
         losses: dict[str, list[float]] = {"gate_up_loss": [], "down_loss": []}
+        rank: list[float] = []
         jobs = [self._tile_job(layer, experts) for experts in tiles(geometry.experts)]
         ahead = self._reader.submit(decode_tile, jobs[0])
         for number, job in enumerate(jobs):
@@ -281,6 +282,7 @@ class Requantize:
             packed |= self._packed(job, solved)
             losses["gate_up_loss"] += solved.gate_up_loss
             losses["down_loss"] += solved.down_loss
+            rank += [round(value, 2) for value in solved.effective_rank]
             self._context.progress(
                 f"layer {layer + 1} of {geometry.layers}, expert {job.experts.stop}"
                 f" of {geometry.experts}"
@@ -290,7 +292,7 @@ class Requantize:
         if target is not None:
             streams.target = target.with_experts(faithful[1][1])
         tokens = [routed.count(e) for e in range(geometry.experts)]
-        return packed, {"tokens": tokens, **losses}
+        return packed, {"tokens": tokens, "effective_rank": rank, **losses}
 
     def _layer_statistics(
         self, layer: int, routed: Routed, target: Recorded | None, folded: FoldedLayer
@@ -326,6 +328,7 @@ class Requantize:
             scheme=self._scheme,
             options=self._options,
             inner=context.geometry.inner,
+            router_weighted=context.recipe.requantize.router_weighted,
         )
 
     def _packed(self, job: TileJob, solved: SolvedTile) -> dict[str, Tensor]:

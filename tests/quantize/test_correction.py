@@ -68,3 +68,14 @@ def test_quantised_output_comes_closer_to_the_source():
         return float(((target[rows] @ weight[2].T - actual[rows] @ q[2].T) ** 2).mean())
 
     assert error(corrected(weight, hessian, drift)) < 0.75 * error(weight)
+
+
+def test_drift_weighs_tokens():
+    _, target, actual, offsets = _problem()
+    weights = torch.rand(len(actual)) + 0.1
+    drift = routed_drift(target, actual, offsets, weights)
+    for expert in range(3):
+        rows = slice(offsets[expert], offsets[expert + 1])
+        moved = (target[rows] - actual[rows]).double() * weights[rows, None].double()
+        want = moved.T @ actual[rows].double()
+        torch.testing.assert_close(drift[expert].double(), want, rtol=1e-3, atol=1e-3)

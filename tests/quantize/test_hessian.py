@@ -5,7 +5,12 @@ import torch
 from problems import fresh, inputs
 
 import pipeline.quantize.hessian as hessian_module
-from pipeline.quantize.hessian import routed_hessians, shrink
+from pipeline.quantize.hessian import (
+    effective_rank,
+    routed_hessians,
+    router_emphasis,
+    shrink,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,3 +78,28 @@ def test_shrink_needs_something_for_an_expert_without_tokens():
     x, offsets = routed(16)
     with pytest.raises(ValueError, match="strength"):
         shrink(routed_hessians(x, offsets), offsets.diff(), torch.eye(16), strength=0.0)
+
+
+def test_effective_rank_is_the_participation_ratio_of_the_eigenvalues():
+    x, offsets = routed(40)
+    sums = routed_hessians(x, offsets)
+    values = torch.linalg.eigvalsh(sums.double()).clamp_min(0)
+    expected = values.sum(1).square() / values.square().sum(1)
+    found = effective_rank(sums)
+    seen = torch.tensor(COUNTS) > 0
+    assert torch.allclose(found[seen].double(), expected[seen], rtol=1e-4)
+    assert found[~seen].tolist() == [0.0] * int((~seen).sum())
+    assert torch.allclose(effective_rank(1e-6 * sums), found, rtol=1e-4)
+    assert torch.allclose(effective_rank(torch.eye(7).expand(2, 7, 7)), torch.tensor(7.0))
+    assert 0.99 < float(found[3]) < 1.01  # one token, one direction
+
+
+def test_router_emphasis_is_the_squared_weight_with_mean_one():
+    _, offsets = routed(8)
+    weights = torch.rand(int(offsets[-1]), generator=fresh()) + 0.01
+    found = router_emphasis(weights, offsets)
+    for start, stop in pairwise(offsets.tolist()):
+        squares = weights[start:stop].double().square()
+        assert torch.allclose(found[start:stop].double(), squares / squares.mean(), rtol=1e-4)
+    equal = router_emphasis(torch.full((int(offsets[-1]),), 0.3), offsets)
+    assert torch.allclose(equal, torch.ones(len(equal)))

@@ -2,11 +2,12 @@
 
 import json
 import random
+import re
 
 import pytest
 
 from pipeline.report.build import expert_figures, judge, with_digest
-from pipeline.report.tables import result_table, show
+from pipeline.report.tables import coverage_table, result_table, show
 
 FIGURES = {
     "perplexity_ratio": 1.02,
@@ -42,6 +43,11 @@ def test_experts():
     layers = [{"layer": i, "tokens": tokens} for i, tokens in enumerate(counts)]
     flat = sorted(n for tokens in counts for n in tokens)
     found = expert_figures({"method": "gptq", "layers": [*layers, {"layer": 3}]})
+    coverage = found.pop("coverage")
+    assert [layer["tokens"] for layer in coverage] == counts
+    for layer, tokens in zip(coverage, counts, strict=True):
+        total = max(sum(tokens), 1)
+        assert layer["share"] == pytest.approx([n / total for n in tokens], abs=1e-6)
     assert found == {
         "count": 4,
         "fallback": 0,
@@ -69,3 +75,29 @@ def test_table_of_a_failed_result(finished, capsys):
     report["experts"] = {}  # a model that others made
     show(result_table(report))
     assert "tokens per expert" not in capsys.readouterr().out
+
+
+def test_coverage_as_a_histogram(capsys):
+    """Every expert is in one row, between the bounds that the row names."""
+    counts = [[random.choice([0, 1, 5, 70, 900]) for _ in range(8)] for _ in range(3)]
+    ranks = [[float(n.bit_length()) for n in tokens] for tokens in counts]
+    layers = [
+        {"layer": i, "tokens": tokens, "effective_rank": rank}
+        for i, (tokens, rank) in enumerate(zip(counts, ranks, strict=True))
+    ]
+    report = {"experts": expert_figures({"method": "gptq", "layers": layers})}
+    show(coverage_table(report))
+    flat = [n for tokens in counts for n in tokens]
+    rows = [r for r in re.split(r"\n", capsys.readouterr().out) if re.match(r"\W+\d", r)]
+    found = 0
+    for row in rows:
+        low, high, number = re.match(r"\W+([\d,]+)(?: to ([\d,]+))?\W+(\d+)", row).groups()
+        first = int(low.replace(",", ""))
+        last = int((high or low).replace(",", ""))
+        inside = [n for n in flat if first <= n <= last]
+        assert int(number) == len(inside) and bool(inside) == ("#" in row)
+        if inside:
+            assert f" {float(last.bit_length()):.1f} " in row
+        found += len(inside)
+    assert found == len(flat)
+    assert coverage_table({}) is None
