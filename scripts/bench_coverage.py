@@ -1,36 +1,38 @@
 """What an expert that saw few tokens should be solved on, and whether gate values should count.
 
-    python scripts/bench_coverage.py layers [--model DIR]    # held-out error of single layers
-    python scripts/bench_coverage.py short [--model DIR]     # conversions with very short texts
-    python scripts/bench_coverage.py router [--model DIR]    # router-weighted against plain
+    python scripts/bench_coverage.py layers    # held-out error of single layers
+    python scripts/bench_coverage.py short     # conversions with very short texts
+    python scripts/bench_coverage.py router    # router-weighted against plain
 
 `layers`: every expert of a layer keeps so many of its calibration tokens and no more (the source's
 own activations), is solved by `solve_tile` with other weights of the substitute statistics, and the
 error of its output is measured on held-out tokens, relative to plain rounding with the same scale
 search: below 1 is better than rounding.  `short` and `router`: whole conversions, measured as in
-bench_quality.py (same evaluator, fewer windows).
+bench_quality.py (same dense source, same evaluator, fewer windows).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_quality
 import torch
 import yaml
+from quality.workplace import RECIPE, TEXTS, Workplace, prepare
 from torch import Tensor
 
 from pipeline.calibration import calibration_sequences, load_tokenizer, read_text, tokenize
 from pipeline.checkpoint.reader import Checkpoint
-from pipeline.evaluate.metrics import paired_bootstrap
+from pipeline.evaluate.metrics import Comparison, paired_bootstrap
 from pipeline.evaluate.windows import sliding_windows
 from pipeline.models.skeleton import architecture_of
 from pipeline.quantize.methods import QUANTIZERS
@@ -41,7 +43,6 @@ from pipeline.run import run
 from pipeline.stages import experts as stage
 from pipeline.stages.stream import LayerStream, Recorded
 
-RECIPE = Path("recipes/demo.yaml")
 LAYERS = (1, 4)
 BUDGETS = (0, 4, 16, 64, 256, 1024, None)
 STRENGTHS = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -139,7 +140,7 @@ def benches(model: Path) -> list[Bench]:
         calibration_sequences(
             tokenizer, recipe["calibration"]["sources"], samples=64, length=512, seed=0
         ),
-        sliding_windows(tokenize(tokenizer, read_text(bench_quality.TEXTS["in"])), 512, 512, 48)
+        sliding_windows(tokenize(tokenizer, read_text(TEXTS["in"])), 512, 512, 48)
         .token_ids,
     ]  # fmt: skip
     hidden = [stream.embed(tokens) for tokens in texts]
@@ -176,66 +177,56 @@ def layers(model: Path) -> None:
             print(f"| {'all' if budget is None else budget} | {' | '.join(cells)} |", flush=True)
 
 
-def convert(folder: Path, model: Path, **sections: Any) -> Path:  # noqa: ANN401  (recipe values)
+def convert(folder: Path, place: Workplace, sections: Mapping[str, Any]) -> Path:
     """A conversion of the demo's recipe with other keys."""
-    data = yaml.safe_load(RECIPE.read_text())
-    data["source"]["model"] = str(model)
-    data["output"]["path"] = str(folder)
-    data["validate"]["max_windows"] = 1
+    data = copy.deepcopy(dict(place.recipe)) | {"output": {"path": str(folder)}}
     for name, keys in sections.items():
         data[name] |= keys
     run(parse_recipe(data, "bench"), yaml.safe_dump(data), until="shard", quiet=True)
     return folder
 
 
-def compare(model: Path, rows: dict[str, dict[str, Any]], baseline: str) -> None:
-    """KL divergence of every row, and what it wins back of the baseline's, both texts."""
-    texts = bench_quality.references(model)
+def compare(place: Workplace, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """KL divergence of every row, and what it wins back of the first one's, both texts."""
     print("\n| conversion | text | experts without tokens | ppl ratio | KL | KL won back [95 %] |")
     print("|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as scratch:
-        found = {}
-        for number, (name, sections) in enumerate(rows.items()):
-            output = convert(Path(scratch) / str(number), model, **sections)
-            layers = yaml.safe_load((output / "conversion.json").read_text())["layers"]
-            unseen = sum(count == 0 for layer in layers for count in layer.get("tokens", []))
-            for text, reference in texts.items():
-                result = bench_quality.evaluate(output, reference)
-                found[name, text] = result
-                a, b = found[baseline, text].windows, result.windows
-                gain = paired_bootstrap(a.kl, b.kl, a.count)
-                print(
-                    f"| {name} | {text} | {unseen} | {result.perplexity_ratio:.4f}"
-                    f" | {result.kl_divergence:.5f} | {gain.estimate:+.5f}"
-                    f" [{gain.low:+.5f}, {gain.high:+.5f}] |",
-                    flush=True,
-                )
+    first: dict[str, Comparison] = {}
+    for number, (name, sections) in enumerate(rows.items()):
+        output = convert(place.folder / f"coverage-{number}", place, sections)
+        made = json.loads((output / "conversion.json").read_text())
+        unseen = sum(count == 0 for layer in made["layers"] for count in layer.get("tokens", []))
+        for text, result in place.evaluate(output).items():
+            a, b = first.setdefault(text, result).windows, result.windows
+            gain = paired_bootstrap(a.kl, b.kl, a.count)
+            print(
+                f"| {name} | {text} | {unseen} | {result.perplexity_ratio:.4f}"
+                f" | {result.kl_divergence:.5f} | {gain.estimate:+.5f}"
+                f" [{gain.low:+.5f}, {gain.high:+.5f}] |",
+                flush=True,
+            )
 
 
 def main() -> None:
     """Parse arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("part", choices=("layers", "short", "router"))
-    parser.add_argument("--model", type=Path, default=Path("tests/models/qwen3-next-tiny-nf4"))
     parser.add_argument("--windows", type=int, default=64, help="evaluation windows of a text")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bench_quality.WINDOWS = arguments.windows
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {arguments.part}")
-    rows: dict[str, dict[str, Any]] = {"rounding": {"requantize": {"method": "rtn"}}}
     if arguments.part == "layers":
-        layers(arguments.model)
-    elif arguments.part == "short":
+        layers(Path(yaml.safe_load(RECIPE.read_text())["source"]["model"]))
+        return
+    if arguments.part == "short":
+        rows: dict[str, dict[str, Any]] = {"rounding": {"requantize": {"method": "rtn"}}}
         for samples, length in SHORT:
             few = {"calibration": {"samples": samples, "sequence_length": length}}
             rows[f"gptq on {samples} x {length} tokens"] = few
-        compare(arguments.model, rows, "rounding")
     else:
-        rows = {
-            "gptq": {},
-            "gptq, router-weighted": {"requantize": {"router_weighted": True}},
-        }
-        compare(arguments.model, rows, "gptq")
+        weighted = {"requantize": {"router_weighted": True}}
+        rows = {"gptq": {}, "gptq, router-weighted": weighted}
+    with tempfile.TemporaryDirectory() as scratch:
+        compare(prepare(Path(scratch), None, arguments.windows), rows)
 
 
 if __name__ == "__main__":
