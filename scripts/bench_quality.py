@@ -1,7 +1,7 @@
 """What quantisation costs, ours beside the peers': one table from one source and one set of tokens.
 
     scripts/quality/make_env.sh gptqmodel        (and gptqmodel-awq, llm-compressor, auto-round)
-    python scripts/bench_quality.py [--groups 128,32] [--rows "ours gptq,GPTQModel gptq"]
+    python scripts/bench_quality.py [--groups 128,32] [--rows ours]
 
 The source is the demo recipe's model in bf16 (peers cannot read NF4).  Every row is a conversion
 in a process of its own, calibrated on the same token ids; what it wrote is dequantised and goes
@@ -14,7 +14,6 @@ run alone and the table is printed from all there are.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -25,12 +24,16 @@ from quality.workplace import prepare
 
 
 def chosen(text: str) -> list[str]:
-    """Rows by name; SystemExit names those that are unknown."""
-    names = [name.strip() for name in text.split(",")]
+    """Rows by name, or all of `ours` or `peers`; SystemExit names those that are unknown."""
+    kinds = {
+        "ours": [n for n, m in METHODS.items() if not m.environment and n != SOURCE.name],
+        "peers": [n for n, m in METHODS.items() if m.environment],
+    }
+    known = [*kinds["ours"], *kinds["peers"]]
+    names = [n for name in text.split(",") for n in kinds.get(name.strip(), [name.strip()])]
     for name in names:
-        if name not in METHODS or name == SOURCE.name:
-            known = ", ".join(n for n in METHODS if n != SOURCE.name)
-            print(f"no row is called {name!r}; known: {known}", file=sys.stderr)
+        if name not in known:
+            print(f"no row is called {name!r}; known: {', '.join([*kinds, *known])}")
             raise SystemExit(2)
     return names
 
@@ -38,9 +41,8 @@ def chosen(text: str) -> list[str]:
 def main() -> None:
     """Parse arguments, convert, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    everything = ",".join(name for name in METHODS if name != SOURCE.name)
     parser.add_argument("--groups", default="128,32", help="group sizes, comma separated")
-    parser.add_argument("--rows", default=everything, help="rows, comma separated (default: all)")
+    parser.add_argument("--rows", default="ours,peers", help="rows by name, ours, or peers")
     parser.add_argument("--folder", type=Path, default=Path("out/quality"), help="kept here")
     parser.add_argument("--samples", type=int, help="calibration sequences (default: the recipe's)")
     parser.add_argument("--windows", type=int, help="of each evaluation text (default: all)")

@@ -22,7 +22,7 @@ rm -rf out/demo
 time check python3 -m pipeline run recipes/demo.yaml
 
 step "quality"
-time check python3 scripts/bench_quality.py
+time check python3 scripts/bench_quality.py --rows ours
 
 step "dequantise throughput"
 check python3 scripts/bench_dequantize.py --device cuda --experts 512

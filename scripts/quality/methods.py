@@ -62,6 +62,14 @@ METHODS = {
         _peer("llm-compressor gptq", "gptq", "llm_compressor", "llm-compressor", "llmcompressor"),
         _peer("llm-compressor awq", "awq", "llm_compressor", "llm-compressor", "llmcompressor"),
         _peer("AutoRound", "autoround", "auto_round_run", "auto-round", "auto-round"),
+        Method(
+            "AutoRound light",
+            "autoround",
+            {"method": "autoround-light"},
+            "auto_round_run",
+            "auto-round",
+            package="auto-round",
+        ),
     )
 }
 
