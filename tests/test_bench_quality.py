@@ -4,17 +4,21 @@ import json
 import os
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 import torch
+from bench_quality import BEGIN, END, chosen, insert
 from quality.compressed_tensors import to_dense
+from quality.mended import mend
 from quality.methods import METHODS, slug
 from quality.rows import reading_error, rewritten, run_measured
 from quality.table import comparisons, difference, recovered, table
 from safetensors.torch import save_file
 
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.errors import OutputError
 
 BITS = 4
 
@@ -102,6 +106,40 @@ def test_what_a_peer_rewrote_is_named(tmp_path):
     assert rewritten(tmp_path / "peer", tmp_path / "source") == ["input_layernorm.weight"]
 
 
+def dense_directory(folder, tensors):
+    """A directory of plain tensors."""
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_next"}))
+
+
+def test_a_fold_without_the_router_is_mended(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    layer = "model.layers.0"
+    post, first = f"{layer}.post_attention_layernorm.weight", f"{layer}.input_layernorm.weight"
+    router, delta = f"{layer}.mlp.gate.weight", f"{layer}.linear_attn.norm.weight"
+    source = {
+        post: torch.randn(16, generator=generator) * 0.3,
+        first: torch.rand(16, generator=generator) - 0.9,
+        router: torch.randn(4, 16, generator=generator),
+        delta: torch.rand(16, generator=generator),
+    }
+    scale = torch.rand(16, generator=generator) + 0.5
+    folded = (1 + source[post]) / scale - 1
+    rounded = (1 + source[first]).bfloat16().float() - 1
+    dense_directory(tmp_path / "source", source)
+    dense_directory(tmp_path / "peer", source | {post: folded, first: rounded})
+    mend(tmp_path / "peer", tmp_path / "source", tmp_path / "mended")
+    mended = Checkpoint.open(tmp_path / "mended")
+    assert torch.equal(mended.load(first), source[first])
+    assert torch.equal(mended.load(delta), source[delta])
+    assert torch.equal(mended.load(post), folded)
+    hidden = torch.randn(5, 16, generator=generator)
+    before = (hidden * (1 + source[post])) @ source[router].T
+    after = (hidden * (1 + mended.load(post))) @ mended.load(router).T
+    assert torch.allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
 def test_a_process_is_measured(tmp_path):
     code = "x = bytearray(300 << 20); sum(range(10 ** 6)); print('said')"
     ended = run_measured([sys.executable, "-c", code], os.environ, tmp_path / "log", 60)
@@ -168,3 +206,22 @@ def test_rows_have_names_of_files():
     names = {slug(name, group) for name in METHODS for group in (32, 128)}
     assert len(names) == 2 * len(METHODS)
     assert all(Path(name).name == name and " " not in name for name in names)
+
+
+def test_rows_are_chosen_by_name_and_by_kind():
+    assert chosen("ours gptq, GPTQModel awq") == ["ours gptq", "GPTQModel awq"]
+    assert "rounding" in chosen("ours") and "AutoRound" in chosen("peers")
+    assert set(chosen("ours,peers")) == METHODS.keys() - {"source"}
+    with pytest.raises(ArgumentTypeError, match="no row is called 'gtpq'"):
+        chosen("gtpq")
+
+
+def test_tables_go_between_the_marks_of_a_page(tmp_path):
+    page = tmp_path / "quality.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    insert(page, "new")
+    assert page.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(OutputError, match="to put the tables into"):
+        insert(page, "new")
+    assert page.read_text() == "no marks"

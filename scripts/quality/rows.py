@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.writer import write_json
-from pipeline.errors import UserError
+from pipeline.errors import CheckpointError, OutputError, UserError
 from pipeline.evaluate.metrics import Comparison
 from quality.compressed_tensors import to_dense
 from quality.mended import mend
@@ -238,7 +238,7 @@ def _made_by(method: Method, group: int, place: Workplace, threads: int) -> str:
     if method.mends is not None:
         base = _read_json(place.folder / "models" / f"{slug(method.mends, group)}.json")
         if base.get("error", "missing") is not None:
-            raise SystemExit(f"{method.name}: make the row {method.mends!r} first")
+            raise OutputError(f"{method.name}: make the row {method.mends!r} first")
         maker = base["made_by"] + (SCRIPTS / "quality" / "mended.py").read_text()
     elif method.peer is None:
         maker = _tree("pipeline")
@@ -262,12 +262,20 @@ def _say(message: str) -> None:
 
 
 def environment_of(method: Method) -> Path:
-    """Where the peer's environment is; SystemExit says how to make one that is missing."""
-    folder = Path(f".env-{method.environment}")
-    if not (folder / "versions.txt").is_file():
-        script = f"scripts/quality/make_env.sh {method.environment}"
-        raise SystemExit(f"{method.name} needs its environment: run {script}")
-    return folder
+    """Where the peer's environment is, relative to the directory that the benchmark runs in."""
+    return Path(f".env-{method.environment}")
+
+
+def make_environment(method: Method) -> None:
+    """Make the peer's environment unless it is there whole; minutes, and 1 to 2 GB."""
+    folder = environment_of(method)
+    if method.environment is None or (folder / "versions.txt").is_file():
+        return
+    _say(f"making {folder} for {method.name}")
+    script = SCRIPTS / "quality" / "make_env.sh"
+    done = subprocess.run([script, method.environment, folder], check=False)
+    if done.returncode:
+        raise OutputError(f"{folder} could not be made for {method.name}; {script} says why above")
 
 
 def peer_version(method: Method) -> str:
@@ -279,7 +287,7 @@ def peer_version(method: Method) -> str:
         name, _, number = line.partition("==")
         if name.replace("-", "_").lower() == wanted:
             return f"{name} {number}"
-    raise SystemExit(f"{environment_of(method)} holds no {method.package}: make it anew")
+    raise CheckpointError(f"{environment_of(method)} holds no {method.package}: remove that folder")
 
 
 def _tree(folder: str) -> str:
