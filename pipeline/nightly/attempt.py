@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.writer import write_bytes
 from pipeline.nightly.notify import WEBHOOK
 from pipeline.nightly.recipe import NightlyRecipe
 from pipeline.progress import duration
@@ -41,7 +42,7 @@ def attempt(recipe: NightlyRecipe, name: str, folder: Path, number: int) -> Atte
     asked, answer, log = (
         folder / f"{name}-{number}.{kind}" for kind in ("recipe.json", "result.json", "log")
     )
-    asked.write_text(recipe.model_dump_json(indent=2))
+    write_bytes(asked, recipe.model_dump_json(indent=2).encode())
     command = [sys.executable, "-m", "pipeline.nightly.worker", str(asked), str(answer)]
     environment = {key: value for key, value in os.environ.items() if key != WEBHOOK}
     limit = recipe.time_limit_minutes * 60

@@ -22,7 +22,7 @@ import torch
 
 from pipeline.checkpoint.sums import SUMS_NAME, digest_file
 from pipeline.checkpoint.verify import verify_directory
-from pipeline.errors import UserError
+from pipeline.errors import RecipeError, UserError
 from pipeline.nightly.recipe import NightlyRecipe, parse_nightly
 from pipeline.plan import locate
 from pipeline.progress import duration, size
@@ -54,6 +54,8 @@ def examine(recipe: NightlyRecipe) -> dict[str, Any]:
     random.seed(recipe.seed)
     numpy.random.seed(recipe.seed % 2**32)  # numpy's own limit
     torch.manual_seed(recipe.seed)
+    if recipe.revision is not None and Path(recipe.model).expanduser().exists():
+        raise RecipeError(f"{recipe.model} is a directory here; revision goes with a Hub id")
     model = locate(recipe.model, recipe.revision)
     say(f"validating {model}, within {size(recipe.device_memory)} of GPU memory")
     problems = [str(p) for p in verify_directory(model)] if recipe.verify else []

@@ -57,7 +57,7 @@ def place(tmp_path_factory, finished):
     for name in NAMES:
         shutil.copytree(finished.output, root / name)
         recipe = {"model": str(root / name), "threads": 1, "time_limit_minutes": 10}
-        if name == "slow":  # speed is compared from the second night; elsewhere a test is no place
+        if name == "slow":  # only here speed is compared from the second night on
             recipe["relative"] = {"minimum": 1}
         (root / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     first = go(root, "recipes/well-1.yaml")
@@ -80,10 +80,14 @@ def go(root, *targets, said=None, **options):
 
 @pytest.fixture(scope="module")
 def bad(place):
-    """The night on which three of the five went wrong."""
+    """The night on which three of the five went wrong.
+
+    Twenty times slower, not three as in scripts/nightly/judge.py: speeds on a machine that runs
+    other tests vary by a factor of four.
+    """
     (place / "broken" / "config.json").write_text("{")
     triple_one_scale(place / "changed")
-    with Brake("slow", 1 / 6):
+    with Brake("slow", 1 / 20):
         return go(place, "recipes")
 
 
@@ -161,15 +165,11 @@ def test_the_page_in_a_browser(bad):
     assert "a broken: broken (new)" in reached and "div Tonight's jobs" in reached
 
 
-def test_fixed_and_accepted(place, bad, finished):
-    """The next night: one mended, one declared the new normal."""
-    shutil.copy(finished.output / "config.json", place / "broken" / "config.json")
-    following = go(place, "recipes/broken.yaml", "recipes/changed.yaml", accept=["changed"])
-    assert [(r["outcome"], r["state"], r["accepted"]) for r in following.records] == [
-        ("ok", "fixed", False),
-        ("ok", "fixed", True),
-    ]
-    assert following.code == 0
+def test_accepted_figures_are_the_new_normal(place, bad):
+    following = go(place, "recipes/changed.yaml", accept=["changed"])
+    (record,) = following.records
+    assert (record["outcome"], record["state"], record["accepted"]) == ("ok", "fixed", True)
+    assert following.code == 0 and record["baseline"] == {}
 
 
 def examined(place, **keys):
@@ -279,6 +279,12 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(UserError) as caught:
         examine(recipe)
     assert "org/no-such-model" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_directory_has_no_revision(micro):
+    recipe = parse_nightly({"model": str(micro), "revision": "v1"}, "here")
+    with pytest.raises(UserError, match="revision goes with a Hub id"):
+        examine(recipe)
 
 
 def test_states_over_many_nights():
