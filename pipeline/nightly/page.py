@@ -77,7 +77,9 @@ def _overview(night: Night) -> Section:
     return Section(
         "jobs",
         "Jobs",
-        "Bad jobs were run twice; figures are those of the last run.",
+        "Bad jobs were run twice; figures are those of the last run.  In the trends below, the"
+        " dashed line is the median that tonight was compared with, and a cross marks a figure"
+        " that made its job fail.",
         tables=[Table("Tonight's jobs", HEAD, rows, numbers=2)],
     )
 
@@ -115,7 +117,7 @@ def _nights(past: Sequence[Record]) -> Table:
 
 
 def _trend(figure: Figure, past: Sequence[Record]) -> tuple[Picture, None] | None:
-    """One figure's nights on tonight's machine, its median, and bad nights marked."""
+    """One figure's nights on tonight's machine, its median, and where it was a reason to fail."""
     key = past[-1]["machine"]["key"]
     seen = [
         record
@@ -128,7 +130,7 @@ def _trend(figure: Figure, past: Sequence[Record]) -> tuple[Picture, None] | Non
         return None
     # matplotlib's own type of a date: a float, days since 1970
     days = [float(date2num(datetime.fromisoformat(record["night"]))) for record in seen]
-    bad = [record["outcome"] != "ok" for record in seen]
+    bad = [any(figure.name in reason for reason in record["reasons"]) for record in seen]
     base = past[-1]["baseline"].get(figure.name)
     median = base["median"] / scale if base else None
 

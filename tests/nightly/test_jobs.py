@@ -140,3 +140,10 @@ def test_two_jobs_of_one_name(tmp_path, micro):
     shutil.copytree(micro, tmp_path / "micro-nf4")
     with pytest.raises(UserError, match="two jobs are called micro-nf4"):
         collect([str(micro), str(tmp_path / "micro-nf4")], [])
+
+
+def test_without_the_extra_it_says_what_to_install(cli, monkeypatch):
+    monkeypatch.setattr("pipeline.cli.find_spec", lambda _name: None)
+    answer = cli("nightly", "recipes/nightly")
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert "pip install 'requant[nightly]'" in answer.err
