@@ -22,7 +22,7 @@ import torch
 
 from pipeline.checkpoint.sums import SUMS_NAME, digest_file
 from pipeline.checkpoint.verify import verify_directory
-from pipeline.errors import RecipeError, UserError
+from pipeline.errors import CheckpointError, RecipeError, UserError
 from pipeline.nightly.recipe import NightlyRecipe, parse_nightly
 from pipeline.plan import locate
 from pipeline.progress import duration, size
@@ -56,7 +56,12 @@ def examine(recipe: NightlyRecipe) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     if recipe.revision is not None and Path(recipe.model).expanduser().exists():
         raise RecipeError(f"{recipe.model} is a directory here; revision goes with a Hub id")
-    model = locate(recipe.model, recipe.revision)
+    try:
+        model = locate(recipe.model, recipe.revision)
+    except CheckpointError as error:
+        if recipe.revision is None:
+            raise
+        raise CheckpointError(f"revision {recipe.revision}: {error}") from None
     say(f"validating {model}, within {size(recipe.device_memory)} of GPU memory")
     problems = [str(p) for p in verify_directory(model)] if recipe.verify else []
     for problem in problems:

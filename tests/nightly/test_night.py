@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from support.browser import CHROMIUM, Browser
 
@@ -279,7 +281,28 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch, tmp_path):
     recipe = parse_nightly({"model": "org/no-such-model", "revision": "no-such"}, "here")
     with pytest.raises(UserError) as caught:
         examine(recipe)
-    assert "org/no-such-model" in str(caught.value) and "\n" not in str(caught.value)
+    words = str(caught.value)
+    assert words.startswith("revision no-such: ") and "org/no-such-model" in words
+    assert "\n" not in words
+
+
+def test_a_model_from_the_hubs_cache(finished, tmp_path, one_thread, monkeypatch):
+    """Laid out as huggingface_hub does: a snapshot of links, named after its commit."""
+    commit = f"{random.getrandbits(160):040x}"
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(finished.output, repository / "blobs")
+    for blob in (repository / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(validate, "DECODE_TOKENS", 8)
+    for revision in (None, commit):
+        found = examine(parse_nightly({"model": "org/name", "revision": revision}, "here"))
+        assert found["revision"] == commit and found["problems"] == []
+        assert found["report"]["perplexity_ratio"] == finished.report()["perplexity_ratio"]
 
 
 def test_a_directory_has_no_revision(micro):
