@@ -6,7 +6,8 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,10 +17,37 @@ from pipeline.checkpoint.index import resolve_inside
 from pipeline.checkpoint.stored import DTYPES, TensorEntry
 from pipeline.errors import CheckpointError
 
-SMALL_BYTES = 32 * 1024
-"""Tensors up to this size are read together with their neighbours."""
 GAP_BYTES = 64 * 1024
 """Bytes worth reading and dropping to save one call (a matrix's small parts lie a few kB apart)."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes of many tensors in one buffer."""
+
+    data: Tensor
+    """uint8, on any device."""
+    places: Mapping[str, int]
+    """Stored name -> first byte in `data`."""
+
+    def to(self, device: torch.device | str) -> Gathered:
+        """The same bytes on a device; from pinned memory the copy is asynchronous."""
+        return Gathered(self.data.to(device, non_blocking=True), self.places)
+
+    def stack(self, entries: Sequence[TensorEntry]) -> Tensor:
+        """Tensors of equal dtype and shape as one `[N, *shape]`, a copy but for a single one."""
+        first = entries[0]
+        if any(e.dtype != first.dtype or e.shape != first.shape for e in entries):
+            raise ValueError(f"{first.name} and others to be stacked differ in dtype or shape")
+        dtype = DTYPES[first.dtype]
+        shape = (len(entries), *first.shape)
+        if not first.nbytes:
+            return torch.empty(shape, dtype=dtype, device=self.data.device)
+        places = [self.places[entry.name] for entry in entries]
+        rows = [self.data[place : place + first.nbytes] for place in places]
+        aligned = len(rows) == 1 and places[0] % dtype.itemsize == 0
+        stacked = rows[0] if aligned else torch.stack(rows)
+        return stacked.view(dtype).view(shape)
 
 
 class TensorFiles:
@@ -53,26 +81,25 @@ class TensorFiles:
                 found[index] = bytes(blob[begin : begin + entries[index].nbytes])
         return found
 
-    def stack(self, entries: Sequence[TensorEntry]) -> Tensor:
-        """Tensors of equal dtype and shape as one `[N, *shape]` in host memory.
+    def gather(self, entries: Sequence[TensorEntry], *, pinned: bool = False) -> Gathered:
+        """The bytes of many tensors in one host buffer, read with few large calls.
 
+        `pinned`: in page-locked memory, from where a GPU fetches them without a copy in between.
         Raises CheckpointError when a file has become shorter or unreadable.
         """
-        first = entries[0]
-        if any(e.dtype != first.dtype or e.shape != first.shape for e in entries):
-            raise ValueError(f"{first.name} and others to be stacked differ in dtype or shape")
-        dtype = DTYPES[first.dtype]
-        size = first.nbytes
-        out = torch.empty((len(entries), *first.shape), dtype=dtype)
-        if size:
-            target = out.view(-1).view(torch.uint8).numpy().data
-            if size <= SMALL_BYTES:
-                for index, data in enumerate(self.read(entries)):
-                    target[index * size : (index + 1) * size] = data
-            else:
-                for index, entry in enumerate(entries):
-                    self._fill(entry.file, entry.offset, target[index * size : (index + 1) * size])
-        return out
+        runs = list(_runs(entries))
+        total = sum(stop - start for _, start, stop, _ in runs)
+        data = torch.empty(total, dtype=torch.uint8, pin_memory=pinned and total > 0)
+        target = data.numpy().data
+        places = [0] * len(entries)
+        base = 0
+        for file, start, stop, members in runs:
+            self._fill(file, start, target[base : base + stop - start])
+            for index in members:
+                places[index] = base + entries[index].offset - start
+            base += stop - start
+        found = {entry.name: place for entry, place in zip(entries, places, strict=True)}
+        return Gathered(data, found)
 
     def _fill(self, file: str, offset: int, target: memoryview) -> None:
         descriptor = self._descriptor(file)

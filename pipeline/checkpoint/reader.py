@@ -6,13 +6,14 @@ import contextlib
 import gc
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.files import TensorFiles
+from pipeline.checkpoint.files import Gathered, TensorFiles
 from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.header import FileHeader, read_header
 from pipeline.checkpoint.index import check_against, read_json, read_layout, resolve_inside
@@ -30,6 +31,18 @@ from pipeline.quantize.tensor import QuantizedTensor
 
 LEGACY_CONFIG = "quantize_config.json"
 """Where AutoGPTQ kept what now stands in config.json's quantization_config."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Stored bytes of stacks of weights, not decoded yet."""
+
+    stacks: list[list[StoredWeight]]
+    bytes: Gathered
+
+    def to(self, device: torch.device | str) -> Fetched:
+        """The same with its bytes on a device; from pinned memory the copy is asynchronous."""
+        return Fetched(self.stacks, self.bytes.to(device))
 
 
 class Checkpoint:
@@ -118,8 +131,25 @@ class Checkpoint:
         Raises CheckpointError for a name that is not there, stored descriptions that are
         malformed, shapes that differ, or a directory of headers only; NumericalError for NaN, Inf.
         """
-        weights = self._find(names)
-        self._resolve(weights)
+        return self.decode(self.fetch([names]).to(device), dtype)[0]
+
+    def fetch(self, stacks: Sequence[Sequence[str]], *, pinned: bool = False) -> Fetched:
+        """The stored bytes of several stacks, read in one go and not decoded yet.
+
+        `pinned` as for `TensorFiles.gather`.  Raises CheckpointError as `load_stack` does for what
+        is not there or cannot be read.
+        """
+        found = [self._find(names) for names in stacks]
+        self._resolve([weight for weights in found for weight in weights])
+        return Fetched(found, self._gather([w for ws in found for w in ws], pinned=pinned))
+
+    def decode(self, fetched: Fetched, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Each stack of `fetched`, as `load_stack` gives it, on the device its bytes are on."""
+        return [self._stack(weights, fetched.bytes, dtype) for weights in fetched.stacks]
+
+    def _stack(
+        self, weights: list[StoredWeight], stored: Gathered, dtype: torch.dtype | None
+    ) -> Tensor:
         groups = self._groups(weights)
         first = _known(weights[0])
         for weight in weights:
@@ -130,9 +160,10 @@ class Checkpoint:
                     f"to be stacked with it, is {first.dtype} {list(first.shape)}"
                 )
         dtype = dtype or first.dtype
-        decoded = [self._decode([weights[i] for i in group], device) for group in groups]
+        decoded = [self._decode([weights[i] for i in group], stored) for group in groups]
         if len(decoded) == 1:
             return decoded[0].to(dtype)
+        device = stored.data.device
         out = torch.empty((len(weights), *first.shape), dtype=dtype, device=device)
         for group, values in zip(groups, decoded, strict=True):
             out[torch.tensor(group, device=device)] = values.to(dtype)
@@ -172,14 +203,15 @@ class Checkpoint:
         odd = next((w for w in weights if self._layout(w) != self._layout(weights[0])), None)
         if odd is not None:
             raise CheckpointError(f"{odd.name} is not laid out as {weights[0].name}")
-        return self._parts(weights, device)
+        return self._parts(weights, self._gather(weights).to(device))
 
     def read(self, name: str) -> Tensor:
         """One stored tensor by its stored name (`...qweight`), as it is, on the CPU."""
         if name not in self.entries:
             raise CheckpointError(f"{self.path}: no tensor is stored as {name}")
         self._require_data()
-        return self._files.stack([self.entries[name]])[0]
+        entries = [self.entries[name]]
+        return self._files.gather(entries).stack(entries)[0]
 
     def problems(self, names: Sequence[str]) -> list[Problem]:
         """What is wrong with the values of these weights, laid out alike or not."""
@@ -192,7 +224,7 @@ class Checkpoint:
         for group in self._groups(weights):
             some = [weights[i] for i in group]
             storage = self._storage[some[0].format]
-            found += storage.problems(some, self._parts(some, "cpu"), self.config)
+            found += storage.problems(some, self._parts(some, self._gather(some)), self.config)
         return found
 
     def check_states(self, names: Iterable[str] | None = None) -> None:
@@ -244,14 +276,19 @@ class Checkpoint:
         for weight, data in zip(todo, self._files.read(entries), strict=True):
             weight.known = self._storage[weight.format].parse_state(weight, data)
 
-    def _parts(
-        self, weights: Sequence[StoredWeight], device: torch.device | str
-    ) -> dict[str, Tensor]:
-        skipped = self._storage[weights[0].format].state_part(weights[0])
+    def _stored_parts(self, weight: StoredWeight) -> dict[str, TensorEntry]:
+        """What decoding reads: all parts but the description, which is known already."""
+        skipped = self._storage[weight.format].state_part(weight)
+        return {part: entry for part, entry in weight.parts.items() if part != skipped}
+
+    def _gather(self, weights: Sequence[StoredWeight], *, pinned: bool = False) -> Gathered:
+        entries = [entry for weight in weights for entry in self._stored_parts(weight).values()]
+        return self._files.gather(entries, pinned=pinned)
+
+    def _parts(self, weights: Sequence[StoredWeight], stored: Gathered) -> dict[str, Tensor]:
         return {
-            part: self._files.stack([weight.parts[part] for weight in weights]).to(device)
-            for part in weights[0].parts
-            if part != skipped
+            part: stored.stack([weight.parts[part] for weight in weights])
+            for part in self._stored_parts(weights[0])
         }
 
     def _groups(self, weights: Sequence[StoredWeight]) -> list[list[int]]:
@@ -264,17 +301,13 @@ class Checkpoint:
     def _layout(self, weight: StoredWeight) -> tuple[Any, ...]:
         """Equal for weights that can be read and decoded together."""
         state = _known(weight)
-        skipped = self._storage[weight.format].state_part(weight)
-        parts = tuple(
-            (part, entry.dtype, entry.shape)
-            for part, entry in weight.parts.items()
-            if part != skipped
-        )
+        stored = self._stored_parts(weight)
+        parts = tuple((part, entry.dtype, entry.shape) for part, entry in stored.items())
         return weight.format, state.shape, state.dtype, state.stack_key, parts
 
-    def _decode(self, weights: Sequence[StoredWeight], device: torch.device | str) -> Tensor:
+    def _decode(self, weights: Sequence[StoredWeight], stored: Gathered) -> Tensor:
         storage = self._storage[weights[0].format]
-        return storage.decode(weights, _known(weights[0]), self._parts(weights, device))
+        return storage.decode(weights, _known(weights[0]), self._parts(weights, stored))
 
 
 @contextlib.contextmanager
