@@ -101,7 +101,20 @@ def prepare(recipe: Recipe, text: str) -> Context:
     if work.output.resolve().is_relative_to(source.resolve()):
         raise RecipeError(f"output.path {recipe.output.path} lies inside the source directory")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Context(recipe, text, checkpoint, architecture, geometry, work, device)
+    return Context(
+        recipe, text, checkpoint, architecture, geometry, work, device, further_devices(device)
+    )
+
+
+def further_devices(device: torch.device) -> tuple[torch.device, ...]:
+    """All other GPUs of this one's kind: another kind would give other bytes."""
+    if device.type != "cuda":
+        return ()
+    own = torch.cuda.current_device()
+    kind = torch.cuda.get_device_properties(own).name
+    every = range(torch.cuda.device_count())
+    same = [i for i in every if torch.cuda.get_device_properties(i).name == kind]
+    return tuple(torch.device("cuda", i) for i in same if i != own)
 
 
 def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:

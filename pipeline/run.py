@@ -20,10 +20,10 @@ from pipeline.quantize.hessian import HESSIAN_EXPERTS, HESSIAN_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
-from pipeline.stages.experts import TILE_EXPERTS
+from pipeline.stages.experts import CHUNK_PAIRS, TILE_EXPERTS
 from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.stream import TOKENS_PER_BATCH
-from pipeline.stages.units import streams_file
+from pipeline.stages.streams import resumable_layers
 from pipeline.threads import use_threads
 from pipeline.workdir import CONVERSION, difference
 
@@ -90,6 +90,7 @@ def fingerprint(context: Context) -> dict[str, Any]:
         "tiles": {
             "experts": TILE_EXPERTS,
             "tokens": TOKENS_PER_BATCH,
+            "pairs": CHUNK_PAIRS,
             "hessian": [HESSIAN_EXPERTS, HESSIAN_TOKENS],
         },
         "threads": torch.get_num_threads(),
@@ -212,24 +213,14 @@ def _execute_rest(context: Context, name: str, quiet: bool) -> None:
 def _done(context: Context, whole: Plan) -> set[str]:
     """Units that need not run again.
 
-    Layers depend on the activations that the layer before them saved, and only the last finished
-    layer's are kept: so a layer counts as done only with all layers before it.
+    Layers depend on the activations that leave the layer before them, which are saved now and then:
+    until all is requantised, a layer counts as done only up to the last that was saved.
     """
-    done: set[str] = set()
-    chain = True
-    last: Job | None = None
-    for job in whole.jobs:
-        finished = context.work.finished(job.unit) is not None
-        if job.stage == "requantize":
-            chain = chain and finished
-            finished = chain
-            last = job if finished else last
-        if finished:
-            done.add(job.unit)
-    if last is not None and last.layer is not None:
-        streams = context.work.root / streams_file(last.layer)
-        if not streams.is_file():
-            done -= {j.unit for j in whole.jobs if j.stage == "requantize"}
+    done = {job.unit for job in whole.jobs if context.work.finished(job.unit) is not None}
+    units = [job.unit for job in whole.jobs if job.stage == "requantize"]
+    if not done.issuperset(units):
+        kept = resumable_layers(context.work, context.geometry.layers)
+        done -= set(units[kept:])
     return done
 
 

@@ -44,7 +44,7 @@ PLACES = {
     "pipeline.stages.requantize:LayerStream.build_layer": "layer's module",
     "pipeline.stages.requantize:decode_tile": "experts: read, decode",
     "pipeline.checkpoint.files:TensorFiles.stack": "experts: read",
-    "pipeline.stages.requantize:add_output": "experts' outputs",
+    "pipeline.stages.requantize:tile_output": "experts' outputs",
     "pipeline.stages.requantize:sort_by_expert": "sort by expert",
     "pipeline.stages.requantize:Requantize._layer_statistics": "layer's statistics",
     "pipeline.stages.requantize:solve_tile": "solve: all else",

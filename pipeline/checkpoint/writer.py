@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,21 +38,30 @@ class FileRecord:
 
 
 class _Digest:
-    """Counts and digests what passes to a stream."""
+    """Counts and digests what passes to a stream; large pieces are digested while written."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, beside: ThreadPoolExecutor) -> None:
         self.stream = stream
         self.size = 0
         self.sha256 = hashlib.sha256()
+        self._beside = beside
 
     def write(self, data: bytes | memoryview) -> None:
+        if len(data) < CHUNK_BYTES // 16:
+            self.sha256.update(data)
+            self._store(data)
+        else:
+            digested = self._beside.submit(self.sha256.update, data)
+            self._store(data)
+            digested.result()
+        self.size += len(data)
+
+    def _store(self, data: bytes | memoryview) -> None:
         for start in range(0, len(data), CHUNK_BYTES):
             chunk = data[start : start + CHUNK_BYTES]
             done = 0
             while done < len(chunk):  # an unbuffered write may stop short, on a full disk say
                 done += self.stream.write(chunk[done:])
-            self.sha256.update(chunk)
-            self.size += len(chunk)
 
 
 @contextlib.contextmanager
@@ -64,8 +75,11 @@ def _atomic(path: Path) -> Iterator[_Digest]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb", buffering=0) as stream:
-            digest = _Digest(stream)
+        with (
+            os.fdopen(os.open(temporary, flags, 0o666), "wb", buffering=0) as stream,
+            ThreadPoolExecutor(1, thread_name_prefix="digest") as beside,
+        ):
+            digest = _Digest(stream, beside)
             yield digest
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -103,26 +117,60 @@ def write_safetensors(
     equal tensors make equal bytes whatever order they were given in.  `metadata` is written with
     `format: pt`, which transformers insists on.  Raises OutputError when the disk refuses.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), natural(name)))
-    header: dict[str, Any] = {
-        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
-    }
-    position = 0
-    for name in order:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    order = file_order(described)
     with _atomic(path) as digest:
-        digest.write(struct.pack("<Q", len(text)) + text)
+        digest.write(_header(described, order, metadata))
         for name in order:
             plain = tensors[name].detach().cpu().contiguous()
             if plain.numel():
                 digest.write(plain.view(-1).view(torch.uint8).numpy().data)
     return FileRecord(path.name, digest.size, digest.sha256.hexdigest())
+
+
+Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensors by name, as dtype and shape."""
+
+
+def file_order(tensors: Described) -> list[str]:
+    """Names in the order of a file: larger elements first, then natural order."""
+    return sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, natural(name)))
+
+
+def write_pieces(
+    path: Path, tensors: Described, order: Sequence[str], pieces: Iterable[memoryview]
+) -> FileRecord:
+    """Write a file whose bytes come piece by piece, in `order` (as `file_order` gives it).
+
+    Equal to `write_safetensors` of the same tensors, which need not be in memory all at once.
+    Raises ValueError when the pieces are not as long as the tensors, OutputError when the disk
+    refuses, and whatever `pieces` raises; the file is not there then.
+    """
+    header = _header(tensors, order, None)
+    total = len(header) + sum(math.prod(tensors[n][1]) * tensors[n][0].itemsize for n in order)
+    with _atomic(path) as digest:
+        digest.write(header)
+        for piece in pieces:
+            digest.write(piece)
+        if digest.size != total:
+            raise ValueError(f"{path}: {digest.size:,} bytes were given, {total:,} expected")
+    return FileRecord(path.name, digest.size, digest.sha256.hexdigest())
+
+
+def _header(tensors: Described, order: Sequence[str], metadata: Mapping[str, str] | None) -> bytes:
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
+    }
+    position = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -188,6 +188,54 @@ def _gram_kernel(
         tl.store(mirror, total, mask=inside)
 
 
+@triton.jit
+def _drift_kernel(
+    target,
+    x,
+    weights,
+    offsets,
+    out,
+    columns,
+    HALF: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One tile of one expert's sum of (target - x) x^T, each row's product weighted.
+
+    HALF: x is bfloat16, and the difference goes in as two bfloat16 numbers that hold 16 bits of it;
+    equal inputs give exact zeros.
+    """
+    expert = tl.program_id(2)
+    begin = tl.load(offsets + expert).to(tl.int32)
+    end = tl.load(offsets + expert + 1).to(tl.int32)
+    lane = tl.arange(0, COLUMNS)
+    i, j = tl.program_id(0) * COLUMNS + lane, tl.program_id(1) * COLUMNS + lane
+    within = tl.arange(0, TOKENS)
+    total = tl.zeros((COLUMNS, COLUMNS), tl.float32)
+    for first in range(begin, end, TOKENS):
+        token = first + within
+        row = token.to(tl.int64)[:, None] * columns
+        used = (token < end)[:, None]
+        left = used & (i < columns)[None, :]
+        wanted = tl.load(target + row + i[None, :], mask=left, other=0.0).to(tl.float32)
+        had = tl.load(x + row + i[None, :], mask=left, other=0.0).to(tl.float32)
+        right = tl.load(x + row + j[None, :], mask=used & (j < columns)[None, :], other=0.0)
+        difference = wanted - had
+        if WEIGHTED:
+            weight = tl.load(weights + token, mask=token < end, other=0.0)
+            difference *= weight[:, None]
+        if HALF:
+            coarse = difference.to(tl.bfloat16)
+            fine = (difference - coarse.to(tl.float32)).to(tl.bfloat16)
+            total = tl.dot(tl.trans(coarse), right, total)
+            total = tl.dot(tl.trans(fine), right, total)
+        else:
+            total = tl.dot(tl.trans(difference), right, total, input_precision="ieee")
+    place = out + expert.to(tl.int64) * columns * columns + i[:, None] * columns + j[None, :]
+    tl.store(place, total, mask=(i < columns)[:, None] & (j < columns)[None, :])
+
+
 def fit_groups(
     values: Tensor,
     importance: Tensor | None,
@@ -283,11 +331,41 @@ def add_gram(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
     )
 
 
+def drift(
+    target: Tensor, x_sorted: Tensor, offsets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """See `correction.routed_drift`: same arguments, `offsets` as a tensor on the device."""
+    columns = x_sorted.shape[1]
+    half = x_sorted.dtype == torch.bfloat16
+    if not half:
+        target, x_sorted = target.float(), x_sorted.float()
+    shape = (len(offsets) - 1, columns, columns)
+    out = torch.empty(shape, dtype=torch.float32, device=x_sorted.device)
+    width = _GRAM_COLUMNS if half else 64
+    tiles = triton.cdiv(columns, width)
+    _drift_kernel[(tiles, tiles, len(offsets) - 1)](
+        target.contiguous(),
+        x_sorted.contiguous(),
+        x_sorted if weights is None else weights.contiguous(),
+        offsets,
+        out,
+        columns,
+        HALF=half,
+        WEIGHTED=weights is not None,
+        COLUMNS=width,
+        TOKENS=_GRAM_TOKENS if half else 32,
+        num_warps=8 if half else 4,
+        num_stages=2,
+    )
+    return out
+
+
 def self_test(device: torch.device) -> None:
     """Run every kernel on a few numbers; ValueError on a wrong result."""
     x = torch.arange(8.0, device=device).view(2, 4) - 3
     out = torch.zeros((1, 4, 4), device=device)
     add_gram(x.bfloat16(), torch.tensor([0, 2], device=device), out)
+    moved = drift((x + 1).bfloat16(), x.bfloat16(), torch.tensor([0, 2], device=device))
     scales, _ = fit_groups(
         x.unsqueeze(0), None, group=4, top=15, symmetric_zero=8, shrinks=(1.0,), smallest=1e-6
     )
@@ -303,5 +381,6 @@ def self_test(device: torch.device) -> None:
     )
     expected = x.t().unsqueeze(1) + 8
     right = torch.equal(out[0], x.t() @ x) and torch.equal(codes.float(), expected)
+    right &= torch.equal(moved[0], torch.ones_like(x).t() @ x)
     if not right or not bool((scales > 0).all()):
         raise ValueError("a kernel returned wrong numbers")

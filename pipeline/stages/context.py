@@ -51,8 +51,15 @@ class Context:
     geometry: Geometry
     work: WorkDirectory
     device: torch.device
+    others: tuple[torch.device, ...] = ()
+    """Further devices of the same kind, to share the tiles of a layer with."""
     progress: Callable[[str], None] = field(default=lambda _message: None)
     """Told, in a few words, what is going on inside a long job."""
+
+    @property
+    def solvers(self) -> tuple[torch.device, ...]:
+        """The devices that a layer's tiles are solved on."""
+        return (self.device, *self.others)
 
     @cached_property
     def texts(self) -> Texts:

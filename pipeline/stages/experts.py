@@ -8,8 +8,7 @@ another machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from pipeline.quantize.hessian import (
     shrink,
 )
 from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.routed import Turns, add_in_turns, grouped_product
 from pipeline.quantize.scaling import best_scales, candidate_scales, scale_losses
 from pipeline.quantize.solved import Quantizer, Solved
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -32,6 +32,9 @@ from pipeline.stages.stream import COMPUTE_DTYPE, Recorded
 
 TILE_EXPERTS = 32
 """Experts decoded and solved together.  Fixed: another tile gives other bytes."""
+
+CHUNK_PAIRS = 1 << 16
+"""Pairs whose outputs are computed together.  Fixed, as the tile is."""
 
 DOWN_SAMPLE_TOKENS = 512
 """Tokens of the layer that an under-covered expert's own gate and up turn into down inputs."""
@@ -61,6 +64,12 @@ class Routed:
     def count(self, expert: int) -> int:
         """Tokens routed to an expert."""
         return self.offsets[expert + 1] - self.offsets[expert]
+
+    def to(self, device: torch.device) -> Routed:
+        """The same on another device."""
+        return Routed(
+            self.inputs.to(device), self.tokens.to(device), self.weights.to(device), self.offsets
+        )
 
 
 def sort_by_expert(recorded: Recorded, experts: int) -> Routed:
@@ -134,6 +143,34 @@ class LayerStatistics:
     folds_down: bool = False
     """Whether each expert's up is to be divided by scales that its down is multiplied by."""
 
+    def to(self, device: torch.device) -> LayerStatistics:
+        """The same on another device."""
+        target = None if self.target is None else self.target.to(device)
+        return replace(
+            self,
+            common=self.common.to(device),
+            sample=self.sample.to(device),
+            target=target,
+            scale=None if self.scale is None else self.scale.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class TileOutput:
+    """What a tile's experts add to the layer's output."""
+
+    rows: Tensor
+    """int64 [n]: the tokens that were routed to the tile, rising."""
+    values: Tensor
+    """float32 [n, hidden]"""
+
+    def add_to(self, total: Tensor) -> None:
+        """Add to `total`, float32 [tokens, hidden], on any device.
+
+        Tiles are to be added in their order: the sum has one order then, whoever computed them.
+        """
+        total.index_add_(0, self.rows.to(total.device), self.values.to(total.device))
+
 
 @dataclass(frozen=True)
 class SolvedTile:
@@ -154,28 +191,36 @@ def decode_tile(job: TileSource, dtype: torch.dtype = COMPUTE_DTYPE) -> DenseTil
     """Read and decode a tile's matrices from the source."""
     a = job.architecture
 
-    def stack(projection: str) -> Tensor:
-        names = [f"{a.expert_module(job.layer, e, projection)}.weight" for e in job.experts]
-        return job.checkpoint.load_stack(names, job.device, dtype)
+    stacks = [
+        [f"{a.expert_module(job.layer, e, projection)}.weight" for e in job.experts]
+        for projection in (a.gate, a.up, a.down)
+    ]
+    fetched = job.checkpoint.fetch(stacks, pinned=job.device.type == "cuda").to(job.device)
+    gate, up, down = job.checkpoint.decode(fetched, dtype)
+    return DenseTile(torch.cat([gate, up], dim=1), down)
 
-    return DenseTile(torch.cat([stack(a.gate), stack(a.up)], dim=1), stack(a.down))
+
+def tile_output(job: TileSource, tile: DenseTile, routed: Routed) -> TileOutput:
+    """The weighted sum of the outputs of a tile's experts, for each token routed to it."""
+    base, stop = routed.offsets[job.experts.start], routed.offsets[job.experts.stop]
+    tokens = routed.tokens[base:stop].to(job.device)
+    weights = routed.weights[base:stop].to(job.device)
+    offsets = [o - base for o in routed.offsets[job.experts.start : job.experts.stop + 1]]
+    turns = Turns.of(tokens, CHUNK_PAIRS)
+    values = torch.zeros(len(turns.rows), tile.down.shape[1], device=job.device)
+    for number, start in enumerate(range(0, len(tokens), CHUNK_PAIRS)):
+        part = slice(start, min(start + CHUNK_PAIRS, len(tokens)))
+        inside = [min(max(offset, part.start), part.stop) for offset in offsets]
+        hidden = rows_on(job.device, routed.inputs, tokens[part])
+        inner = _inner_of(job, hidden, tile.gate_up, inside)
+        output = grouped_product(inner, tile.down, inside)
+        add_in_turns(values, turns, number, start, output, weights[part])
+    return TileOutput(turns.rows, values)
 
 
-def add_output(job: TileSource, tile: DenseTile, routed: Routed, total: Tensor) -> None:
-    """Add the tile's weighted outputs to `total`, float32 [tokens, hidden].
-
-    Experts are added one after another, so that no two additions meet the same row at once: the sum
-    has one order, on every device.
-    """
-    first = job.experts.start
-    for expert in job.experts:
-        pairs = slice(routed.offsets[expert], routed.offsets[expert + 1])
-        tokens = routed.tokens[pairs]
-        if len(tokens) == 0:
-            continue
-        hidden = routed.inputs[tokens]
-        output = _inner(job, hidden, tile.gate_up[expert - first]) @ tile.down[expert - first].T
-        total.index_add_(0, tokens, output.float() * routed.weights[pairs, None])
+def rows_on(device: torch.device, table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table that may live elsewhere (in host memory, where the device's is small)."""
+    return table.index_select(0, index.to(table.device)).to(device)
 
 
 def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatistics) -> SolvedTile:
@@ -184,11 +229,11 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
     base = routed.offsets[experts.start]
     offsets = [routed.offsets[e] - base for e in (*experts, experts.stop)]
     tokens = routed.tokens[base : routed.offsets[experts.stop]]
-    inputs = routed.inputs[tokens]
-    target = None if layer.target is None else layer.target[tokens]
+    inputs = rows_on(job.device, routed.inputs, tokens)
+    target = None if layer.target is None else rows_on(job.device, layer.target, tokens)
     emphasis = None
     if job.router_weighted:
-        given = routed.weights[base : routed.offsets[experts.stop]]
+        given = routed.weights[base : routed.offsets[experts.stop]].to(job.device)
         emphasis = router_emphasis(given, torch.tensor(offsets))
 
     hessian = None
@@ -340,12 +385,10 @@ def _share(counts: Tensor, strength: float, device: torch.device) -> Tensor:
     return (counts.to(device, torch.float32) + strength).view(-1, 1, 1)
 
 
-def _inner_of(job: TileJob, inputs: Tensor, gate_up: Tensor, offsets: list[int]) -> Tensor:
-    """Inputs of down for all pairs of a tile, in expert order: bf16 [pairs, inner]."""
-    out = torch.empty(len(inputs), job.inner, dtype=inputs.dtype, device=inputs.device)
-    for i, (start, stop) in enumerate(pairwise(offsets)):
-        out[start:stop] = _inner(job, inputs[start:stop], gate_up[i])
-    return out
+def _inner_of(job: TileSource, inputs: Tensor, gate_up: Tensor, offsets: list[int]) -> Tensor:
+    """Inputs of down for pairs of a tile, in expert order: bf16 [pairs, inner]."""
+    gate, up = grouped_product(inputs, gate_up, offsets).chunk(2, dim=-1)
+    return job.architecture.activation(gate) * up
 
 
 def _inner(job: TileSource, hidden: Tensor, gate_up: Tensor) -> Tensor:

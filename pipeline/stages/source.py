@@ -14,7 +14,7 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.evaluate.reference import Reference, ReferenceBuilder
 from pipeline.evaluate.windows import Windows
 from pipeline.models import Architecture
-from pipeline.stages.experts import TileSource, add_output, decode_tile, sort_by_expert, tiles
+from pipeline.stages.experts import TileSource, decode_tile, sort_by_expert, tile_output, tiles
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, check_finite
 
 
@@ -43,7 +43,7 @@ def stream_logits(
             with torch.inference_mode():
                 for experts in tiles(stream.geometry.experts):
                     tile = TileSource(checkpoint, architecture, layer, experts, device)
-                    add_output(tile, decode_tile(tile, dtype), routed, total)
+                    tile_output(tile, decode_tile(tile, dtype), routed).add_to(total)
             hidden = recorded.with_experts(total)
         check_finite(hidden, f"layer {layer} of the source")
     yield from stream.logits(hidden)

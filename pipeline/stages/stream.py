@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from pipeline.models.skeleton import (
     model_config,
     rotary_embedding,
 )
+from pipeline.stages.graphs import Call, Graphs
 
 TOKENS_PER_BATCH = 8192
 """Tokens that go through a layer together.  Fixed: other batch sizes give other bytes."""
@@ -45,9 +47,9 @@ class Recorded:
     """Router weights, float32 [tokens, top_k]."""
 
     def with_experts(self, total: Tensor) -> Tensor:
-        """The layer's whole output: base + routed experts' sum (float32 [tokens, hidden], which
-        is overwritten: at full size a copy of it is gigabytes)."""
-        return total.view(self.base.shape).add_(self.base).to(self.base.dtype)
+        """The layer's whole output: base + routed experts' sum, float32 [tokens, hidden].  Both
+        are overwritten: at full size a copy is gigabytes."""
+        return self.base.copy_(total.view(self.base.shape).add_(self.base))
 
 
 class _Recorder(nn.Module):
@@ -110,28 +112,72 @@ class LayerStream:
         assign(module, cast)
         return module
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [sequences, length] -> [sequences, length, hidden] on the device."""
-        table = self.checkpoint.load(f"{self.architecture.embedding}.weight", self.device)
-        return nn.functional.embedding(tokens.to(self.device), table.to(self.dtype))
+    def embed(self, tokens: Tensor, home: torch.device | None = None) -> Tensor:
+        """Token ids [sequences, length] -> [sequences, length, hidden] on `home` (None: the
+        device)."""
+        home = home or self.device
+        table = self.checkpoint.load(f"{self.architecture.embedding}.weight", home)
+        return nn.functional.embedding(tokens.to(home), table.to(self.dtype))
 
-    def record(self, module: nn.Module, hidden: Tensor) -> Recorded:
-        """Run a stream through a layer's dense parts, a fixed token batch at a time."""
+    def record(self, module: nn.Module, hidden: Tensor, *, hooked: bool = True) -> Recorded:
+        """Run a stream through a layer's dense parts, a fixed token batch at a time.
+
+        `hidden` may live in host memory; what is recorded is kept where it lives.  `hooked`: the
+        module has hooks that are to see every batch.  Without, this is the stream's last use: the
+        output takes its place, and a GPU that holds the streams replays one graph for all batches.
+        """
         recorder = self._recorder(module)
-        rotary: tuple[Tensor, Tensor] | None = None
-        base = torch.empty_like(hidden)
         batch = max(1, TOKENS_PER_BATCH // hidden.shape[1])
+        base = torch.empty_like(hidden) if hooked else hidden
+        taken: list[Tensor] = []
+        call = self._call_of(module, recorder, hidden.shape[1])
         with torch.inference_mode():
-            for part, output in zip(hidden.split(batch), base.split(batch), strict=True):
-                if rotary is None:
-                    positions = torch.arange(part.shape[1], device=self.device).unsqueeze(0)
-                    rotary = self._rotary(part, positions)
-                output.copy_(self.architecture.call_layer(module, part, rotary))
+            for start in range(0, len(hidden), batch):
+                part = hidden[start : start + batch].to(self.device)
+                if hooked or len(part) < batch or not hidden.is_cuda:
+                    output, *noted = call(part)
+                else:
+                    output, *noted = self._graphs.run(module, call, part)
+                base[start : start + batch].copy_(output)
+                if not taken:
+                    shapes = [(hidden.shape[:2].numel(), t.shape[1]) for t in noted]
+                    taken = [
+                        torch.empty(shape, dtype=t.dtype, device=hidden.device)
+                        for shape, t in zip(shapes, noted, strict=True)
+                    ]
+                first = start * hidden.shape[1]
+                for whole, some in zip(taken, noted, strict=True):
+                    whole[first : first + len(some)].copy_(some)
         if recorder is None:
             return Recorded(base, None, None, None)
-        inputs, index, weight = (torch.cat(parts) for parts in zip(*recorder.calls, strict=True))
-        recorder.calls.clear()
-        return Recorded(base, inputs, index, weight.float())
+        inputs, index, weight = taken
+        return Recorded(base, inputs, index, weight)
+
+    def _call_of(self, module: nn.Module, recorder: _Recorder | None, length: int) -> Call:
+        """One batch through a layer: its output, and what the recorder noted."""
+        positions = torch.arange(length, device=self.device).unsqueeze(0)
+        rotary: tuple[Tensor, Tensor] | None = None
+
+        def call(part: Tensor) -> tuple[Tensor, ...]:
+            nonlocal rotary
+            if rotary is None:
+                rotary = self._rotary(part, positions)
+            output = self.architecture.call_layer(module, part, rotary)
+            if recorder is None:
+                return (output,)
+            hidden, index, weight = recorder.calls.pop()
+            return output, hidden, index, weight.float()
+
+        return call
+
+    @cached_property
+    def _graphs(self) -> Graphs:
+        return Graphs()
+
+    def rest(self) -> None:
+        """Give back the memory that passes through layers hold."""
+        if "_graphs" in self.__dict__:
+            self._graphs.drop()
 
     def logits(self, hidden: Tensor) -> Iterable[tuple[int, Tensor]]:
         """(first sequence, float32 logits [batch, length, vocabulary]) for a finished stream."""
@@ -145,7 +191,7 @@ class LayerStream:
         batch = max(1, TOKENS_PER_BATCH // hidden.shape[1] // 4)
         with torch.inference_mode():
             for start in range(0, len(hidden), batch):
-                part = norm(hidden[start : start + batch])
+                part = norm(hidden[start : start + batch].to(self.device))
                 yield start, nn.functional.linear(part, head).float()
 
     def _recorder(self, module: nn.Module) -> _Recorder | None:

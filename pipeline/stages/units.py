@@ -8,8 +8,8 @@ from pipeline.checkpoint.split import experts_file
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
-from pipeline.stages.experts import TILE_EXPERTS
 from pipeline.stages.formats import output_format
+from pipeline.stages.placement import place, stream_tokens
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.texts import planned_windows
 
@@ -39,13 +39,10 @@ def jobs(context: Context) -> list[Job]:
     recipe, geometry = context.recipe, context.geometry
     calibration = recipe.calibration.samples * recipe.calibration.sequence_length
     evaluation = planned_windows(recipe) * recipe.validate_.window
-    corrects = recipe.requantize.error_correction
-    corrects &= QUANTIZERS[recipe.requantize.method].needs_hessian
-    target = calibration if corrects else 0
-    tokens = calibration + evaluation + target
+    tokens = stream_tokens(context)
     streams = 2 * tokens * geometry.hidden
     by_layer, outer = _source_bytes(context)
-    on_device = _layer_bytes(context, tokens, _tile_bytes(context, calibration))
+    placement = place(context)
     listed = []
     for layer in range(geometry.layers):
         sparse = layer in geometry.moe_layers
@@ -53,11 +50,9 @@ def jobs(context: Context) -> list[Job]:
         dense_elements = by_layer[layer].dense_elements
         active = dense_elements
         active += geometry.top_k * 3 * geometry.hidden * geometry.inner if sparse else 0
-        flops = 2.0 * active * (2 * calibration + evaluation + target)
+        flops = 2.0 * active * (calibration + tokens)
         if sparse:
             flops += _solve_flops(context, calibration)
-        # Two layers' packed experts: the one being written and the one being solved.
-        host = 2 * experts + (on_device if context.device.type == "cpu" else streams)
         listed.append(
             Job(
                 stage="requantize",
@@ -66,10 +61,10 @@ def jobs(context: Context) -> list[Job]:
                 outputs=(dense_file(layer), *([experts_file(layer)] if sparse else [])),
                 bytes_read=by_layer[layer].nbytes,
                 bytes_written=experts + 2 * dense_elements,
-                bytes_scratch=2 * streams,  # the layer before's are deleted last
+                bytes_scratch=2 * streams,  # those saved before are deleted last
                 flops=flops,
-                host_bytes=host,
-                device_bytes=0 if context.device.type == "cpu" else on_device,
+                host_bytes=placement.host_bytes,
+                device_bytes=placement.device_bytes,
                 layer=layer,
             )
         )
@@ -122,29 +117,6 @@ def _packed_expert_bytes(context: Context) -> int:
     written = output_format(recipe)
     wide = written.packed_bytes(scheme, geometry.inner, geometry.hidden)
     return 2 * wide + written.packed_bytes(scheme, geometry.hidden, geometry.inner)
-
-
-def _layer_bytes(context: Context, tokens: int, tile: int) -> int:
-    """Peak of a layer, over all streams: as they enter it, without their experts, and the experts'
-    inputs (bf16); the experts' sums (float32); the routing of each pair; and, one after the other,
-    a tile, or the streams as they leave the layer (bf16)."""
-    g = context.geometry
-    return tokens * (g.hidden * (2 + 2 + 2 + 4) + g.top_k * 28) + max(tile, 2 * tokens * g.hidden)
-
-
-def _tile_bytes(context: Context, calibration: int) -> int:
-    """Largest moment of a tile: gate and up in float32 with their Hessians and factors.
-
-    Measured at hidden 2048, inner 512 and 5,120 tokens an expert, with error correction: 0.135 GiB
-    an expert, for which this says 0.18.
-    """
-    g = context.geometry
-    experts = min(TILE_EXPERTS, g.experts)
-    # Tiles are not equally popular; twice the mean has not been seen.
-    pairs = min(2 * calibration * g.top_k * experts // g.experts, calibration * g.top_k)
-    weights = experts * 3 * g.inner * g.hidden * 2
-    solver = experts * (4 * 2 * g.inner * g.hidden * 4 + 6 * 4 * g.hidden**2)
-    return 2 * weights + solver + 2 * pairs * (2 * g.hidden + 3 * g.inner)
 
 
 def _solve_flops(context: Context, calibration: int) -> float:

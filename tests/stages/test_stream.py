@@ -13,7 +13,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import NumericalError
 from pipeline.evaluate.windows import Windows
 from pipeline.models import ARCHITECTURES
-from pipeline.stages import experts, requantize, stream
+from pipeline.stages import experts, requantize, stream, tiles
 from pipeline.stages.source import stream_logits
 from pipeline.stages.units import layer_unit, streams_file
 
@@ -25,9 +25,9 @@ def in_float32(monkeypatch, cpu_only):
     """The whole conversion in float32: what remains of a difference is a mistake, no rounding."""
     for module in (experts, requantize):
         monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
-    for function in (stream.LayerStream, experts.decode_tile):
+    for module, function in ((requantize, stream.LayerStream), (tiles, experts.decode_tile)):
         exact = partial(function, dtype=torch.float32)
-        monkeypatch.setattr(requantize, function.__name__, exact)
+        monkeypatch.setattr(module, function.__name__, exact)
 
 
 def _windows(count, length):

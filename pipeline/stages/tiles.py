@@ -1,0 +1,195 @@
+"""A layer's tiles: read and decoded ahead, solved on one device or several, given back in order.
+
+Tile i belongs to device i modulo the number of devices.  Each tile's result is a function of its
+job and the layer's inputs alone, and results are used in the order of the tiles: how many tiles are
+in flight, and how many devices there are, changes no byte.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.pieces import PackedTile, pack_tile
+from pipeline.quantize.tensor import QuantizedTensor
+from pipeline.stages.experts import (
+    DenseTile,
+    LayerStatistics,
+    Routed,
+    TileJob,
+    TileOutput,
+    decode_tile,
+    solve_tile,
+    tile_output,
+)
+
+Pack = Callable[[QuantizedTensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the tiles of a layer work on."""
+
+    calibration: Routed
+    source: tuple[Routed, ...]
+    """Streams that go through the source's own experts."""
+    statistics: LayerStatistics
+
+    def to(self, device: torch.device) -> LayerInputs:
+        """The same on another device."""
+        source = tuple(routed.to(device) for routed in self.source)
+        return LayerInputs(self.calibration.to(device), source, self.statistics.to(device))
+
+
+@dataclass(frozen=True)
+class TileResult:
+    """A tile, done."""
+
+    job: TileJob
+    packed: PackedTile
+    calibration: TileOutput
+    source: tuple[TileOutput, ...]
+    gate_up_loss: list[float]
+    down_loss: list[float]
+    effective_rank: list[float]
+
+
+class TileReader:
+    """Reads and decodes the tiles of one device ahead of their use, in a thread of its own."""
+
+    def __init__(self, jobs: Iterator[TileJob], device: torch.device, ahead: int) -> None:
+        """`jobs`: all tiles that will be taken, in order; `ahead`: how many to have ready."""
+        self._jobs = jobs
+        self._ahead = ahead
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"reader-{device}")
+        self._ready: deque[tuple[TileJob, Future[DenseTile]]] = deque()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._events: dict[int, torch.cuda.Event] = {}
+
+    def take(self, job: TileJob) -> DenseTile:
+        """The next tile, which must be `job`'s."""
+        self._fill()
+        found, future = self._ready.popleft()
+        assert (found.layer, found.experts) == (job.layer, job.experts), "tiles come in order"
+        self._fill()
+        tile = future.result()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(job.device)
+            current.wait_event(self._events.pop(id(tile)))
+            tile.gate_up.record_stream(current)
+            tile.down.record_stream(current)
+        return tile
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._pool.shutdown(cancel_futures=True)
+        self._ready.clear()
+
+    def _fill(self) -> None:
+        while len(self._ready) < self._ahead:
+            job = next(self._jobs, None)
+            if job is None:
+                return
+            self._ready.append((job, self._pool.submit(self._load, job)))
+
+    def _load(self, job: TileJob) -> DenseTile:
+        if self._stream is None:
+            return decode_tile(job)
+        # A stream of its own: what decoding waits for is its own bytes, not the solver's work.
+        with torch.cuda.stream(self._stream):
+            tile = decode_tile(job)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        self._events[id(tile)] = event
+        return tile
+
+
+class TileCrew:
+    """The devices that solve a layer's tiles."""
+
+    def __init__(self, devices: Sequence[torch.device], home: torch.device, pack: Pack) -> None:
+        """`home`: where the streams live; `devices[0]` is where everything else is computed."""
+        self._devices = tuple(devices)
+        self._home = home
+        self._pack = pack
+        self._pools = [
+            ThreadPoolExecutor(1, thread_name_prefix=f"solver-{i}") for i in range(len(devices))
+        ]
+        self._readers: list[TileReader] = []
+
+    def read(self, jobs: Callable[[], Iterator[TileJob]], ahead: int) -> None:
+        """Begin to read: `jobs()` gives all tiles to come, each device takes its own."""
+        count = len(self._devices)
+        for number, device in enumerate(self._devices):
+            own = _own_tiles(jobs(), number, count)
+            self._readers.append(TileReader(own, device, ahead))
+
+    def device_of(self, number: int) -> torch.device:
+        """Where tile `number` of a layer is solved."""
+        return self._devices[number % len(self._devices)]
+
+    def solve(self, jobs: Sequence[TileJob], inputs: LayerInputs) -> Iterator[TileResult]:
+        """The results of a layer's tiles, in their order."""
+        if len(self._devices) == 1:
+            for job in jobs:
+                yield self._work(self._readers[0], job, inputs)
+            return
+        elsewhere = self._home.type == "cuda"  # host memory serves all devices as it is
+        copies = [inputs.to(d) if elsewhere else inputs for d in self._devices]
+        waiting: deque[Future[TileResult]] = deque()
+        for number, job in enumerate(jobs):
+            at = number % len(self._devices)
+            args = (self._readers[at], job, copies[at])
+            waiting.append(self._pools[at].submit(self._work, *args))
+            if len(waiting) == 2 * len(self._devices):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def close(self) -> None:
+        """Stop reading and solving."""
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+        for reader in self._readers:
+            reader.close()
+        self._readers.clear()
+
+    def _work(self, reader: TileReader, job: TileJob, inputs: LayerInputs) -> TileResult:
+        """One tile, all of it, on its device."""
+        with torch.inference_mode(), _on(job.device):
+            dense = reader.take(job)
+            source = tuple(tile_output(job, dense, routed) for routed in inputs.source)
+            solved = solve_tile(job, dense, inputs.calibration, inputs.statistics)
+            calibration = tile_output(job, solved.dense, inputs.calibration)
+            a = job.architecture
+            by_projection = {a.gate: solved.gate, a.up: solved.up, a.down: solved.down}
+            packed = pack_tile({name: self._pack(q) for name, q in by_projection.items()})
+        return TileResult(
+            job=job,
+            packed=packed,
+            calibration=calibration,
+            source=source,
+            gate_up_loss=solved.gate_up_loss,
+            down_loss=solved.down_loss,
+            effective_rank=solved.effective_rank,
+        )
+
+
+def _own_tiles(jobs: Iterator[TileJob], number: int, count: int) -> Iterator[TileJob]:
+    """Of all tiles, layer after layer, those of device `number` of `count`."""
+    layer, index = -1, 0
+    for job in jobs:
+        index = index + 1 if job.layer == layer else 0
+        layer = job.layer
+        if index % count == number:
+            yield job
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """The device as the current one; does nothing for a CPU."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
