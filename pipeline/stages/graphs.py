@@ -17,23 +17,25 @@ Call = Callable[[Tensor], tuple[Tensor, ...]]
 class Graphs:
     """The graph of one call at a time, made anew when module, weights or shape change."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._key: tuple[object, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
+        self._side = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         # Holds the pool, so that each layer's graph gets the memory of the one before.
         self._anchor = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._anchor, pool=self._pool, capture_error_mode="thread_local"):
-            self._kept = torch.zeros(1, device="cuda")
+        self._captured(self._anchor, lambda x: (x + 1,), torch.zeros(1, device=device))
 
     def run(self, module: nn.Module, call: Call, x: Tensor) -> tuple[Tensor, ...]:
         """`call(x)`; the outputs are overwritten by the next run."""
         key = (id(module), x.shape, x.dtype, *(p.data_ptr() for p in module.parameters()))
         if key != self._key:
-            self._capture(call, x)
-            self._key = key
+            self.drop()
+            graph, example = torch.cuda.CUDAGraph(), x.clone()
+            self._outputs = self._captured(graph, call, example)
+            self._graph, self._input, self._key = graph, example, key
         assert self._graph is not None
         assert self._input is not None
         self._input.copy_(x)
@@ -44,15 +46,17 @@ class Graphs:
         """Forget the graph, so that its memory can be used."""
         self._key, self._graph, self._input, self._outputs = (), None, None, ()
 
-    def _capture(self, call: Call, x: Tensor) -> None:
-        self.drop()
-        example = x.clone()
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(side):
-            call(example)  # libraries set themselves up in a first call, which a graph cannot hold
-        torch.cuda.current_stream(x.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = call(example)
-        self._graph, self._input, self._outputs = graph, example, outputs
+    def _captured(self, graph: torch.cuda.CUDAGraph, call: Call, x: Tensor) -> tuple[Tensor, ...]:
+        # Not `torch.cuda.graph`: that gives all cached memory back first, pinned buffers too.
+        current = torch.cuda.current_stream(x.device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            call(x)  # libraries set themselves up in a first call, which a graph cannot hold
+            # Other threads go on using the device meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = call(x)
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._side)
+        return outputs

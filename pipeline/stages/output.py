@@ -150,7 +150,7 @@ class OutputWriter:
         except _Abandoned:
             return
         end = ends[0]
-        records.append(self.write_file(dense_file(layer), end.dense))
+        records.insert(0, self.write_file(dense_file(layer), end.dense))
         if end.streams is not None:
             # No output: a later layer may remove them, so the marker leaves them out.
             self.write_file(streams_file(layer), end.streams)

@@ -20,7 +20,7 @@ from pipeline.stages.texts import planned_windows
 AHEAD, BEHIND = 3, 8
 """Tiles that may be decoded before their turn, and packed ones that may wait for the disk."""
 
-FORWARD_WIDTHS = 64
+FORWARD_WIDTHS = 40
 """Activations of a batch within a layer, in units of hidden (DeltaNet's float32 copies mostly)."""
 
 

@@ -172,7 +172,7 @@ class LayerStream:
 
     @cached_property
     def _graphs(self) -> Graphs:
-        return Graphs()
+        return Graphs(self.device)
 
     def rest(self) -> None:
         """Give back the memory that passes through layers hold."""

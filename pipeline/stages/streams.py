@@ -18,7 +18,10 @@ from pipeline.stages.units import layer_unit, streams_file
 from pipeline.workdir import WorkDirectory
 
 SHARE = 0.1
-"""Part of the time that saving may take; small models are saved after every layer."""
+"""Part of the time that saving may take."""
+
+SMALL_BYTES = 32 << 20
+"""Streams that are saved after every layer, whatever it costs."""
 
 DISK_BYTES_PER_SECOND = 5e8
 """Assumed until this run has written something."""
@@ -67,7 +70,7 @@ class SavePolicy:
         """Decide; saying yes counts as saving."""
         now = time.monotonic()
         cost = nbytes / (bytes_per_second or DISK_BYTES_PER_SECOND)
-        if cost > SHARE * (now - self.last):
+        if nbytes > SMALL_BYTES and cost > SHARE * (now - self.last):
             return False
         self.last = now
         return True
