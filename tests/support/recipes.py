@@ -15,7 +15,7 @@ from pipeline.workdir import WorkDirectory
 
 MICRO = Path(__file__).parents[1] / "models" / "micro-nf4"
 
-TIMED = ("conversion.json", "report.json", "recipe.resolved.yaml", "recipe.yaml")
+TIMED = ("conversion.json", "report.json", "report.html", "recipe.resolved.yaml", "recipe.yaml")
 """Files of an output that tell of the run, not of the result."""
 
 
