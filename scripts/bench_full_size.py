@@ -38,27 +38,35 @@ from pipeline.run import run
 
 ROOT = Path(__file__).parents[1]
 PLACES = {
+    "pipeline.run:prepare": "open and check the recipe",
     "pipeline.stages.dequantize:Dequantize.run": "check and checksum of the source",
     "pipeline.stages.requantize:LayerStream.load_dense": "dense tensors: read, decode",
     "pipeline.stages.requantize:LayerStream.record": "forward of a stream's dense parts",
     "pipeline.stages.requantize:LayerStream.build_layer": "layer's module",
-    "pipeline.stages.requantize:decode_tile": "experts: read, decode",
-    "pipeline.checkpoint.files:TensorFiles.stack": "experts: read",
-    "pipeline.stages.requantize:tile_output": "experts' outputs",
     "pipeline.stages.requantize:sort_by_expert": "sort by expert",
     "pipeline.stages.requantize:Requantize._layer_statistics": "layer's statistics",
-    "pipeline.stages.requantize:solve_tile": "solve: all else",
+    "pipeline.stages.requantize:Requantize._layer": "layer: all else",
+    "pipeline.stages.requantize:Requantize._record_reference": "reference",
+    "pipeline.stages.requantize:check_finite": "look for NaN and Inf",
+    "pipeline.stages.requantize:Streams.snapshot": "streams to the host",
+    "pipeline.stages.tiles:decode_tile": "experts: read, decode",
+    "pipeline.checkpoint.files:TensorFiles.gather": "read",
+    "pipeline.stages.tiles:TileReader.take": "waiting for the reader",
+    "pipeline.stages.tiles:tile_output": "experts' outputs",
+    "pipeline.stages.tiles:solve_tile": "solve: all else",
+    "pipeline.stages.tiles:pack_tile": "pack, copy to host",
+    "pipeline.stages.experts:TileOutput.add_to": "adding outputs",
     "pipeline.stages.experts:routed_hessians": "solve: Hessians",
     "pipeline.stages.experts:routed_drift": "solve: drift",
     "pipeline.stages.experts:corrected": "solve: correction",
-    "pipeline.stages.experts:_inner_of": "solve: inputs of down",
     "pipeline.stages.experts:_quantize": "solve: quantiser",
-    "pipeline.stages.requantize:Requantize._packed": "pack, copy to host",
-    "pipeline.stages.requantize:Requantize._layer": "layer: all else",
-    "pipeline.stages.requantize:Requantize._wait": "waiting for the writer",
-    "pipeline.stages.requantize:Requantize._write": "write: all else",
-    "pipeline.stages.requantize:write_safetensors": "write: checksum, file, fsync",
-    "pipeline.stages.requantize:Requantize._record_reference": "reference",
+    "pipeline.quantize.methods.gptq:sweep": "solve: sweep",
+    "pipeline.quantize.methods.gptq:descend": "solve: descent",
+    "pipeline.quantize.methods.gptq:refit_scales": "solve: refitted scales",
+    "pipeline.stages.output:LayerOutput.put": "waiting for the disk",
+    "pipeline.stages.output:OutputWriter.begin": "waiting for the writer",
+    "pipeline.stages.output:OutputWriter._write": "write: waiting for tiles",
+    "pipeline.checkpoint.writer:_Digest.write": "write: checksum, file",
     "pipeline.stages.shard:Shard.run": "shard",
 }
 
@@ -147,14 +155,14 @@ def trace_second_layer() -> list[Any]:
     original = stage._layer
     found: list[Any] = []
 
-    def traced(self: Any, layer: int, streams: Any) -> Any:  # noqa: ANN401
+    def traced(self: Any, layer: int, *rest: Any) -> Any:  # noqa: ANN401
         if layer != 1:
-            return original(self, layer, streams)
+            return original(self, layer, *rest)
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=kinds) as profile:
-            result = original(self, layer, streams)
+            result = original(self, layer, *rest)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         found.append(profile)
