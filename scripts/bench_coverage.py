@@ -95,7 +95,7 @@ class Bench:
 
     def _output(self, tile: stage.DenseTile) -> Tensor:
         total = torch.zeros_like(self.held.inputs, dtype=torch.float32)
-        stage.add_output(self.job, tile, self.held, total)
+        stage.tile_output(self.job, tile, self.held).add_to(total)
         return total
 
     def _error(self, solved: stage.SolvedTile) -> float:
@@ -157,7 +157,7 @@ def benches(model: Path) -> list[Bench]:
             source = stage.TileSource(
                 checkpoint, stream.architecture, layer, every, stream.device
             )  # fmt: skip
-            stage.add_output(source, stage.decode_tile(source), routed, total)
+            stage.tile_output(source, stage.decode_tile(source), routed).add_to(total)
             hidden[place] = part.with_experts(total)
     return made
 

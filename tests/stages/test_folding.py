@@ -21,9 +21,9 @@ from pipeline.stages.experts import (
     LayerStatistics,
     Routed,
     TileJob,
-    add_output,
     fold_tile,
     solve_tile,
+    tile_output,
 )
 from pipeline.stages.folding import check_folds, fold_tensors, layer_folds
 
@@ -280,11 +280,10 @@ def test_an_expert_without_tokens_keeps_the_neutral_scale(method, one_thread):
         outputs = []
         for weights, inputs in ((tile, x), (solved.dense, folded.inputs)):
             total = torch.zeros(len(x), hidden)
-            add_output(
+            tile_output(
                 dataclasses.replace(job, experts=range(1)),
                 DenseTile(weights.gate_up[expert : expert + 1], weights.down[expert : expert + 1]),
                 Routed(inputs, torch.arange(len(x)), torch.ones(len(x)), (0, len(x))),
-                total,
-            )
+            ).add_to(total)
             outputs.append(total)
         assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 0.25
