@@ -92,6 +92,21 @@ def test_the_80b_recipe_is_planned_in_seconds(headers, cli, roomy):
     assert made["seconds"] == pytest.approx(sum(job["seconds"] for job in made["jobs"]))
 
 
+def test_the_80b_awq_recipe_is_planned_too(headers, large, roomy):
+    """It writes no g_idx, reads the experts twice, and keeps to the same limits."""
+    recipe = RECIPE.with_name("qwen3-next-80b-awq.yaml")
+    context = prepare(*load_recipe(recipe, [f"source.model={headers.path}", *ELSEWHERE]))
+    context = dataclasses.replace(context, device=torch.device("cpu"))
+    made, other = plan(context), plan(large)
+    assert len(made.jobs) == len(other.jobs)
+    for ours, gptq in zip(made.jobs, other.jobs, strict=True):
+        if ours.stage == "requantize" and ours.layer is not None:
+            assert gptq.bytes_written - ours.bytes_written == 512 * 4 * (2048 + 2048 + 512)
+            assert ours.bytes_read == 2 * gptq.bytes_read and ours.flops > gptq.flops
+            assert ours.host_bytes < gptq.host_bytes
+    assert 0.98 < made.disk_bytes / other.disk_bytes < 1
+
+
 def test_what_the_80b_source_is(headers, cli):
     answer = cli("inspect", headers.path)
     verdict = answer.out.splitlines()[0]

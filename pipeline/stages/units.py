@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pipeline.checkpoint.split import experts_file
 from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.scaling import EXPONENTS, SEARCH_ROWS
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
 from pipeline.stages.formats import output_format
@@ -39,6 +40,7 @@ def jobs(context: Context) -> list[Job]:
     recipe, geometry = context.recipe, context.geometry
     calibration = recipe.calibration.samples * recipe.calibration.sequence_length
     evaluation = planned_windows(recipe) * recipe.validate_.window
+    quantizer = QUANTIZERS[recipe.requantize.method]
     tokens = stream_tokens(context)
     streams = 2 * tokens * geometry.hidden
     by_layer, outer = _source_bytes(context)
@@ -50,16 +52,19 @@ def jobs(context: Context) -> list[Job]:
         dense_elements = by_layer[layer].dense_elements
         active = dense_elements
         active += geometry.top_k * 3 * geometry.hidden * geometry.inner if sparse else 0
-        flops = 2.0 * active * (calibration + tokens)
+        passes = 2 if quantizer.folds else 1  # of the calibration text, besides its last
+        flops = 2.0 * active * (passes * calibration + tokens)
+        read = by_layer[layer].nbytes
         if sparse:
             flops += _solve_flops(context, calibration)
+            read *= 2 if quantizer.folds else 1  # the experts once more, for the search
         listed.append(
             Job(
                 stage="requantize",
                 unit=layer_unit(layer),
                 inputs=tuple(sorted(by_layer[layer].files)),
                 outputs=(dense_file(layer), *([experts_file(layer)] if sparse else [])),
-                bytes_read=by_layer[layer].nbytes,
+                bytes_read=read,
                 bytes_written=experts + 2 * dense_elements,
                 bytes_scratch=2 * streams,  # those saved before are deleted last
                 flops=flops,
@@ -120,12 +125,17 @@ def _packed_expert_bytes(context: Context) -> int:
 
 
 def _solve_flops(context: Context, calibration: int) -> float:
-    """Hessians, factorisations and column updates of a layer's experts."""
-    if not QUANTIZERS[context.recipe.requantize.method].needs_hessian:
+    """Hessians, searches, factorisations and column updates of a layer's experts."""
+    quantizer = QUANTIZERS[context.recipe.requantize.method]
+    if not quantizer.needs_hessian:
         return 0.0
     g = context.geometry
     pairs = calibration * g.top_k
     hessians = 2.0 * pairs * (g.hidden**2 + g.inner**2)
+    search = 0.0
+    if quantizer.folds:
+        rows = min(2 * g.inner, SEARCH_ROWS) * g.hidden**2 + min(g.hidden, SEARCH_ROWS) * g.inner**2
+        search = g.experts * len(EXPONENTS) * 2.0 * rows + hessians  # which are summed twice
     factors = g.experts * 2.0 * (g.hidden**3 + g.inner**3)
     updates = g.experts * 2.0 * (2 * g.inner * g.hidden**2 + g.hidden * g.inner**2)
-    return hessians + factors + updates
+    return hessians + search + factors + updates
