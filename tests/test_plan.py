@@ -103,7 +103,7 @@ def test_the_80b_awq_recipe_is_planned_too(headers, large, roomy):
         if ours.stage == "requantize" and ours.layer is not None:
             assert gptq.bytes_written - ours.bytes_written == 512 * 4 * (2048 + 2048 + 512)
             assert ours.bytes_read == 2 * gptq.bytes_read and ours.flops > gptq.flops
-            assert ours.host_bytes < gptq.host_bytes
+            assert ours.host_bytes <= gptq.host_bytes
     assert 0.98 < made.disk_bytes / other.disk_bytes < 1
 
 

@@ -25,7 +25,7 @@ from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.scaling import best_scales, candidate_scales, fold_norm, scale_losses
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context
-from pipeline.stages.experts import TileSource, decode_tile, sort_by_expert, tiles
+from pipeline.stages.experts import TileSource, decode_tile, rows_on, sort_by_expert, tiles
 from pipeline.stages.formats import module_rules
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded
 
@@ -249,7 +249,8 @@ class LayerFolding:
             dense = decode_tile(source)
             base = routed.offsets[experts.start]
             offsets = torch.tensor(routed.offsets[experts.start : experts.stop + 1]) - base
-            inputs = routed.inputs[routed.tokens[base : routed.offsets[experts.stop]]]
+            tokens = routed.tokens[base : routed.offsets[experts.stop]]
+            inputs = rows_on(context.device, routed.inputs, tokens)
             hessian = routed_hessians(inputs, offsets)
             losses = scale_losses(dense.gate_up, hessian, candidates, self._scheme, self._options)
             total += losses.sum(1)
