@@ -108,7 +108,8 @@ def run(
     recipe: RecipeFile,
     overrides: Set = None,
     until: Annotated[
-        str | None, typer.Option(help="last stage to run: dequantize, requantize, shard, validate")
+        str | None,
+        typer.Option(help="last stage: dequantize, requantize, shard, validate, publish"),
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="the one stage to run, those before it being done")
@@ -131,7 +132,7 @@ def run(
         announce=_announce,
     )
     report = existing_report(context.output)
-    if report is None or (until or only or "validate") != "validate":
+    if report is None or (until or only or "validate") not in ("validate", "publish"):
         place = context.work.root if context.work.begun else context.output
         typer.echo(json.dumps({"result": str(place)}) if as_json else f"result: {place}")
         return
@@ -198,6 +199,40 @@ def verify(model: Model, as_json: Json = False) -> None:
             typer.echo(str(problem))
         typer.echo(f"{model}: {'ok' if not problems else f'{len(problems)} problems'}")
     raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def publish(
+    model: Model,
+    repo: Annotated[str, typer.Option(help="ORG/NAME on the Hub")],
+    private: Annotated[bool, typer.Option(help="a repository that is made is private")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch; made where missing")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="as the Hub spells it; else the source's")
+    ] = None,
+    unvalidated: Annotated[
+        bool, typer.Option(help="also without a validation that passed; the card says so")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="check everything and write the card only")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a finished, validated model on the Hub, all at once.  Goes on where it was stopped.
+
+    The token comes from HF_TOKEN or from `hf auth login`.
+
+    Example: requant publish out/demo --repo acme/demo-gptq --dry-run
+    """
+    from pipeline.recipe import Publish
+    from pipeline.stages.publish import publish_model
+
+    wanted = Publish(repo=repo, private=private, revision=revision, license=licence)
+    done = publish_model(model, wanted, _announce, unvalidated=unvalidated, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps(done, indent=2))
+    elif dry_run:
+        typer.echo(f"card: {model / 'README.md'}")
+    else:
+        typer.echo(f"{done['url']} at {done['commit']}" + ("" if done["new"] else ", as it was"))
 
 
 @app.command()

@@ -30,5 +30,9 @@ class OutputError(UserError):
     """The output or work directory is not ours to write, or does not match the recipe."""
 
 
+class HubError(UserError):
+    """The Hub cannot be reached, refuses something, or holds something else than expected."""
+
+
 class NumericalError(UserError):
     """NaN or Inf was found in a weight, an activation or a statistic; the message names it."""

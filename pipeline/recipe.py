@@ -59,7 +59,7 @@ class Source(Section):
     """The checkpoint to convert."""
 
     model: str = Field(min_length=1)
-    """A directory, or a Hub id that is already in the local Hub cache."""
+    """A directory, or a Hub id, which is downloaded into the Hub's local cache."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); only with a Hub id."""
     reference: None = None
@@ -183,9 +183,16 @@ class Validate(Section):
 
 
 class Publish(Section):
-    """Reserved for the publishing stage."""
+    """Stage 5: where the result goes on the Hub; only with a repo."""
 
-    repo: None = None
+    repo: str | None = Field(default=None, min_length=1)
+    """ORG/NAME; null: nothing is published."""
+    private: bool = False
+    """For a repository that is made; one that exists keeps what it is."""
+    revision: str | None = Field(default=None, min_length=1)
+    """A branch; null: main."""
+    license: str | None = Field(default=None, min_length=1)
+    """As the Hub spells it; null: the source's."""
 
 
 class Limits(Section):

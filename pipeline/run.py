@@ -18,10 +18,12 @@ from pipeline.progress import Reporter
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.hessian import HESSIAN_EXPERTS, HESSIAN_TOKENS
 from pipeline.recipe import Recipe
+from pipeline.report.build import existing_report
 from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
 from pipeline.stages.experts import CHUNK_PAIRS, TILE_EXPERTS
 from pipeline.stages.order import BUILDING, STAGES
+from pipeline.stages.publish import check_wanted
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.streams import resumable_layers
 from pipeline.threads import use_threads
@@ -58,7 +60,9 @@ def run(
         )
     with context.work:
         context.work.recover()
-        chosen = _chosen_stages(until, only)
+        chosen = _chosen_stages(recipe, until, only)
+        if "publish" in chosen:
+            check_wanted(recipe, context.checkpoint.path)
         wanted = fingerprint(context)  # reads the texts: nothing is forgotten for a bad one
         if fresh:
             context.work.clear()
@@ -69,7 +73,10 @@ def run(
         if any(name in BUILDING for name in todo):
             _execute_building(context, wanted, todo, quiet, announce)
         for name in todo:
-            if name not in BUILDING:
+            report = existing_report(context.output) if name == "publish" else None
+            if report is not None and not report["passed"]:
+                announce(f"not published: {'; '.join(report['failures'])}")
+            elif name not in BUILDING:
                 _execute_rest(context, name, quiet)
     return context
 
@@ -113,8 +120,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _chosen_stages(until: str | None, only: str | None) -> list[str]:
-    names = list(STAGES)
+def _chosen_stages(recipe: Recipe, until: str | None, only: str | None) -> list[str]:
+    """Publishing is asked for by a repository in the recipe, or by its name."""
+    asked = recipe.publish.repo is not None or until == "publish"
+    names = [name for name in STAGES if asked or name != "publish"]
     if only:
         return [only]
     return names[: names.index(until) + 1] if until else names

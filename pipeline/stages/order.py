@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.stages import dequantize, requantize, shard, units, validate
+from pipeline.stages import dequantize, publish, requantize, shard, units, validate
 from pipeline.stages.context import JobLister, StageFactory
 
 BUILDING = ("dequantize", "requantize", "shard")
-"""Stages that make the output directory; what comes after measures it."""
+"""Stages that make the output directory; what comes after measures and sends it."""
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,5 @@ STAGES: dict[str, StageEntry] = {
     "requantize": StageEntry(units.jobs, requantize.Requantize),
     "shard": StageEntry(shard.jobs, shard.Shard),
     "validate": StageEntry(validate.jobs, validate.Validation),
+    "publish": StageEntry(publish.jobs, publish.Publication),
 }

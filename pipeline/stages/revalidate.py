@@ -20,6 +20,7 @@ from pipeline.models.skeleton import architecture_of
 from pipeline.progress import announce_rarely
 from pipeline.recipe import Recipe, Thresholds, Validate, parse_recipe
 from pipeline.report.build import REPORT_FILE, existing_report
+from pipeline.report.card import write_card
 from pipeline.report.optional import page_beside
 from pipeline.sizes import parse_size
 from pipeline.stages.source import record_source
@@ -67,6 +68,7 @@ def revalidate(
     if keep and (model / CONVERSION).is_file() and source is None:
         write_json(model / REPORT_FILE, report)
         page_beside(model)
+        write_card(model)
     return report
 
 

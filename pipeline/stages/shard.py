@@ -28,6 +28,7 @@ from pipeline.checkpoint.split import experts_file, plan_split
 from pipeline.checkpoint.sums import read_sums, sealed_files, write_sums
 from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError, ResourceError
+from pipeline.hub.origin import origin
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import architecture_of, geometry_of
@@ -38,6 +39,7 @@ from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.side_files import copy_side_files
+from pipeline.stages.texts import text_licences
 from pipeline.stages.units import (
     REFERENCE_FILE,
     REFERENCE_UNIT,
@@ -155,6 +157,8 @@ class Shard:
                 "kind": "converted",
                 "method": self._context.recipe.requantize.method,
                 "baseline": self._baseline(),
+                "source": origin(self._context.checkpoint.path, self._context.recipe.source.model),
+                "text_licences": text_licences(self._context.recipe),
                 "fingerprint": work.fingerprint(),
                 "source_files": checked.data["files"] if checked else {},
                 "stages": {k: {"seconds": round(v, 3)} for k, v in stages.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,20 @@ def planned_windows(recipe: Recipe) -> int:
 def calibration_sources(recipe: Recipe) -> list[TextSource]:
     """What the recipe names, in the terms of `pipeline.calibration`."""
     return [TextSource(**source.model_dump()) for source in recipe.calibration.sources]
+
+
+def text_licences(recipe: Recipe) -> dict[str, str]:
+    """Licences of calibration texts, where a licences.json beside a text names them."""
+    found = {}
+    for source, text in zip(recipe.calibration.sources, calibration_sources(recipe), strict=True):
+        if text.dataset is not None:
+            continue
+        listed = text.path.with_name("licences.json")
+        if listed.is_file():
+            known = json.loads(listed.read_text(encoding="utf-8")).get(text.path.name)
+            if known:
+                found[str(source.file or source.builtin)] = str(known)
+    return found
 
 
 def prepare_texts(recipe: Recipe, model: Path, vocabulary: int) -> Texts:

@@ -29,6 +29,7 @@ from pipeline.report.build import (
     measured,
     with_digest,
 )
+from pipeline.report.card import write_card
 from pipeline.report.optional import page_beside
 from pipeline.stages.context import Context, Job
 from pipeline.stages.formats import module_rules
@@ -119,6 +120,7 @@ class Validation:
             )
         write_json(self._context.output / REPORT_FILE, report)
         page_beside(self._context.output)
+        write_card(self._context.output)
 
     def close(self) -> None:
         """Nothing is held."""
