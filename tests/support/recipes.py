@@ -15,7 +15,14 @@ from pipeline.workdir import WorkDirectory
 
 MICRO = Path(__file__).parents[1] / "models" / "micro-nf4"
 
-TIMED = ("conversion.json", "report.json", "report.html", "recipe.resolved.yaml", "recipe.yaml")
+TIMED = (
+    "conversion.json",
+    "report.json",
+    "report.html",
+    "recipe.resolved.yaml",
+    "recipe.yaml",
+    "README.md",
+)
 """Files of an output that tell of the run, not of the result."""
 
 
