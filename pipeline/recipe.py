@@ -104,6 +104,8 @@ class Requantize(Section):
     """Search scales for the least squared error; false: from the minimum and maximum."""
     refinement_passes: int = Field(default=2, ge=0, le=20)
     """GPTQ: passes over the codes after the first, scales refitted in between; 0: as published."""
+    output_weighting: bool = True
+    """GPTQ: weigh errors of the experts' outputs by what the rest of the model listens to."""
 
 
 class CalibrationSource(Section):

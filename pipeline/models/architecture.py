@@ -93,6 +93,8 @@ class Architecture:
     """What a normalised activation is multiplied by, given the stored weight w."""
     geometry: Callable[[Mapping[str, Any]], Geometry]
     """Reads config.json; raises KeyError or ValueError for a config without the needed keys."""
+    residual_norms: tuple[str, ...]
+    """Norms whose input is the residual stream, relative to the layer."""
     folds: tuple[Fold, ...]
     """Where scales can be moved from one module to the next; a layer has those whose modules it
     has."""

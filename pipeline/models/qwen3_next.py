@@ -109,6 +109,7 @@ ARCHITECTURES.register(
         ignored=("mtp",),
         norm_form="1+w",
         geometry=_geometry,
+        residual_norms=("input_layernorm", "post_attention_layernorm"),
         folds=(
             Fold(
                 "input_norm",

@@ -37,10 +37,13 @@ class Quantizer(Protocol):
         hessian: Tensor | None,
         scheme: AffineScheme,
         options: SolverOptions,
+        sensitivity: Tensor | None = None,
     ) -> Solved:
         """Quantise `weight` [E, out, in] or [out, in] (float32 or bfloat16) on its device.
 
         `hessian`: float32 [E, in, in] or [in, in], the mean over tokens of x x^T.
+        `sensitivity`: float32 [out, out], the Gram matrix of what reads the outputs, up to a
+        factor: the loss to be made small is tr(M D H D^T); None: all outputs count alike.
         Raises NumericalError naming the matrix's index where the numbers are not usable, and
         ValueError where shapes do not fit.
         """

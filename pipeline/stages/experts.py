@@ -138,6 +138,9 @@ class LayerStatistics:
     target: Tensor | None
     """The source's own inputs at the layer's tokens, bf16 [tokens, hidden]; None: do not correct
     for what earlier layers lost."""
+    sensitivity: Tensor | None = None
+    """How much the model behind listens to each direction of the layer's output, float32
+    [hidden, hidden] up to a factor; None: to all alike."""
     scale: Tensor | None = None
     """What folding divided the inputs by, float32 [hidden], those of `target` excepted."""
     folds_down: bool = False
@@ -262,7 +265,7 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
     weight, down_hessian = _down_problem(
         job, tile, scaled.down, inputs, target, emphasis, gate_up, folded, offsets, layer
     )
-    solved_down = _quantize(job, "down", weight, down_hessian)
+    solved_down = _quantize(job, "down", weight, down_hessian, layer.sensitivity)
     return SolvedTile(
         gate=solved.quantized.rows(0, inner),
         up=solved.quantized.rows(inner, 2 * inner),
@@ -370,10 +373,16 @@ def _down_problem(
     return weight, hessian
 
 
-def _quantize(job: TileJob, what: str, weight: Tensor, hessian: Tensor | None) -> Solved:
+def _quantize(
+    job: TileJob,
+    what: str,
+    weight: Tensor,
+    hessian: Tensor | None,
+    sensitivity: Tensor | None = None,
+) -> Solved:
     """Solve a tile's matrices; the quantiser knows their numbers only, errors here say whose."""
     try:
-        return job.quantizer.quantize(weight, hessian, job.scheme, job.options)
+        return job.quantizer.quantize(weight, hessian, job.scheme, job.options, sensitivity)
     except NumericalError as error:
         first, last = job.experts.start, job.experts.stop - 1
         where = f"layer {job.layer}, {what} of experts {first} to {last}"

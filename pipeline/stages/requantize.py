@@ -44,6 +44,7 @@ from pipeline.stages.folding import FoldedLayer, LayerFolding
 from pipeline.stages.formats import output_format
 from pipeline.stages.output import LayerEnd, LayerOutput, OutputWriter
 from pipeline.stages.placement import place
+from pipeline.stages.sensitivity import Sensitivity
 from pipeline.stages.stream import (
     COMPUTE_DTYPE,
     LayerStream,
@@ -75,6 +76,8 @@ class Requantize:
             refinement_passes=recipe.refinement_passes,
         )
         self._corrects = recipe.error_correction and self._quantizer.needs_hessian
+        self._weighs = recipe.output_weighting and self._quantizer.needs_hessian
+        self._sensitivity: Sensitivity | None = None
         self._pack = output_format(recipe).pack
         self._stream = LayerStream(context.checkpoint, context.architecture, context.device)
         self._folding = (
@@ -284,10 +287,16 @@ class Requantize:
             self._context.recipe.calibration.seed * 1_000_003 + layer
         )
         chosen = torch.randperm(tokens, generator=generator)[:DOWN_SAMPLE_TOKENS]
+        if self._weighs and self._sensitivity is None:
+            context = self._context
+            self._sensitivity = Sensitivity(
+                context.checkpoint, context.architecture, context.device
+            )
         return LayerStatistics(
             common=common / tokens,
             sample=rows_on(device, routed.inputs, chosen),
             target=None if target is None else target.inputs,
+            sensitivity=None if self._sensitivity is None else self._sensitivity.after(layer),
             scale=folded.experts,
             folds_down=folded.down,
         )

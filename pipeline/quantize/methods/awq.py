@@ -31,8 +31,9 @@ class Awq:
         hessian: Tensor | None,
         scheme: AffineScheme,
         options: SolverOptions,
+        sensitivity: Tensor | None = None,
     ) -> Solved:
-        """See `pipeline.quantize.solved.Quantizer`; uses `options.scale_search` only."""
+        """See `pipeline.quantize.solved.Quantizer`; of the options, only `scale_search`."""
         matrices, moments = as_batch(weight, hessian)
         if moments is None:
             raise ValueError("awq needs a Hessian")

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.batch import as_batch
-from pipeline.quantize.factor import column_importance, factorise
-from pipeline.quantize.grid import fit_grid
+from pipeline.quantize.factor import Factored, column_importance, factorise
+from pipeline.quantize.grid import Grid, fit_grid
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
 from pipeline.quantize.refine import descend, refit_scales
+from pipeline.quantize.rows import solve_rows
 from pipeline.quantize.solved import Solved, energy, relative
 from pipeline.quantize.sweep import sweep
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -31,6 +32,7 @@ class Gptq:
         hessian: Tensor | None,
         scheme: AffineScheme,
         options: SolverOptions,
+        sensitivity: Tensor | None = None,
     ) -> Solved:
         """See `pipeline.quantize.solved.Quantizer`.
 
@@ -40,7 +42,6 @@ class Gptq:
         if moments is None:
             raise ValueError("gptq needs a Hessian")
         experts, _, columns = matrices.shape
-        backend = solver_backend(matrices.device)
         moment = moments.diagonal(dim1=1, dim2=2)
         if options.activation_order:
             order = moment.argsort(dim=-1, descending=True, stable=True)
@@ -48,19 +49,14 @@ class Gptq:
             order = torch.arange(columns, device=matrices.device).expand(experts, columns)
         with full_float32():
             factored = factorise(moments, order, options.damping)
-            grid = fit_grid(
-                matrices,
-                scheme,
-                search=options.scale_search,
-                importance=column_importance(factored),
-                backend=backend,
-            )
-            codes = sweep(matrices, factored, grid, bits=scheme.bits, backend=backend)
-            for done in range(options.refinement_passes):
-                if done and options.scale_search:
-                    grid = refit_scales(matrices, codes, moments, factored.added, grid)
-                codes = descend(matrices, codes, factored, grid, bits=scheme.bits, backend=backend)
-            del factored
+
+            def solve(rows: Tensor) -> tuple[Tensor, Grid]:
+                return _solve(rows, moments, factored, scheme, options)
+
+            if sensitivity is None:
+                codes, grid = solve(matrices)
+            else:
+                codes, grid = solve_rows(matrices, sensitivity, solve)
             arrays = {"codes": codes, "scales": grid.scales, "zeros": grid.zeros}
             quantized = QuantizedTensor(scheme, arrays)
             lost = energy(matrices - quantized.dequantize(), moments)
@@ -68,6 +64,27 @@ class Gptq:
         if weight.dim() == 2:
             return Solved(quantized[0], loss[0])
         return Solved(quantized, loss)
+
+
+def _solve(
+    weight: Tensor,
+    hessian: Tensor,
+    factored: Factored,
+    scheme: AffineScheme,
+    options: SolverOptions,
+) -> tuple[Tensor, Grid]:
+    """Codes and grid of `weight` float32 [E, rows, in]; `hessian`: in stored order, undamped."""
+    backend = solver_backend(weight.device)
+    importance = column_importance(factored)
+    grid = fit_grid(
+        weight, scheme, search=options.scale_search, importance=importance, backend=backend
+    )
+    codes = sweep(weight, factored, grid, bits=scheme.bits, backend=backend)
+    for done in range(options.refinement_passes):
+        if done and options.scale_search:
+            grid = refit_scales(weight, codes, hessian, factored.added, grid)
+        codes = descend(weight, codes, factored, grid, bits=scheme.bits, backend=backend)
+    return codes, grid
 
 
 QUANTIZERS.register(Gptq.name, Gptq())

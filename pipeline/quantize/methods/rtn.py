@@ -27,6 +27,7 @@ class RoundToNearest:
         hessian: Tensor | None,
         scheme: AffineScheme,
         options: SolverOptions,
+        sensitivity: Tensor | None = None,
     ) -> Solved:
         """See `pipeline.quantize.solved.Quantizer`; uses `options.scale_search` only."""
         matrices, moments = as_batch(weight, hessian)

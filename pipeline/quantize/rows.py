@@ -1,0 +1,69 @@
+"""Output rows solved one block after the other, so that later rows make up for earlier ones' error.
+
+GPTQ weighs all errors of an output alike, and so its rows are solved independently.  Where what
+reads the output is known, with its Gram matrix M (`sensitivity`), the loss is tr(M D H D^T): the
+column loop's argument holds for rows as well as for columns.  With M = A A^T, A lower, and rows
+processed from the last to the first, what is left of block R's loss, given the error D_S of the
+rows already done, is that of rounding
+
+    W_R + A_RR^-T A_SR^T D_S
+
+in place of W_R.  So a block of rows is an ordinary problem with a shifted target.  Couplings inside
+a block are left out.  Two-sided losses of this form are YAQA's (arXiv 2505.22988).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.quantize.grid import Grid
+
+ROW_BLOCKS = 16
+"""Blocks of rows per matrix.  Fixed: other blocks give other bytes."""
+DAMPING = 0.1
+"""Added to the sensitivity's diagonal, as a fraction of its mean."""
+
+Solve = Callable[[Tensor], tuple[Tensor, Grid]]
+"""float32 [E, rows, in] -> codes uint8 of the same shape, and the grid they are on."""
+
+
+def solve_rows(weight: Tensor, sensitivity: Tensor, solve: Solve) -> tuple[Tensor, Grid]:
+    """Codes and grid of `weight` float32 [E, out, in] for the loss tr(M D H D^T).
+
+    `sensitivity`: float32 [out, out], M up to a factor, the same for all matrices of the batch;
+    `solve`: quantises some rows of all matrices for a loss tr(D H D^T).
+    """
+    rows = weight.shape[1]
+    damped = sensitivity.float().clone()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    order = damped.diagonal().argsort(stable=True)  # the last is processed first
+    factor = torch.linalg.cholesky(damped[order][:, order])
+    width = -(-rows // ROW_BLOCKS)
+    error = torch.empty_like(weight)  # rows in this order
+    solved: list[tuple[Tensor, Grid]] = []
+    for stop in range(rows, 0, -width):
+        block = slice(max(0, stop - width), stop)
+        dense = weight[:, order[block]]
+        target = dense
+        if stop < rows:
+            pull = torch.linalg.solve_triangular(
+                factor[block, block].T, factor[stop:, block].T, upper=True
+            )
+            target = dense + torch.matmul(pull, error[:, stop:])
+        codes, grid = solve(target)
+        error[:, block] = dense - dequantized(codes, grid)
+        solved.insert(0, (codes, grid))
+    back = order.argsort()
+    codes = torch.cat([c for c, _ in solved], dim=1)[:, back]
+    scales = torch.cat([g.scales for _, g in solved], dim=1)[:, back]
+    zeros = torch.cat([g.zeros for _, g in solved], dim=1)[:, back]
+    return codes, Grid(scales, zeros)
+
+
+def dequantized(codes: Tensor, grid: Grid) -> Tensor:
+    """What codes [E, out, in] on a grid stand for, float32."""
+    split = codes.float().unflatten(-1, (grid.scales.shape[-1], -1))
+    return ((split - grid.zeros.unsqueeze(-1)) * grid.scales.unsqueeze(-1).float()).flatten(-2)
