@@ -53,6 +53,7 @@ METHODS = {
             method="gptq",
             error_correction=False,
             refinement_passes=0,
+            output_weighting=False,
         ),
         _ours("ours gptq", "gptq", method="gptq"),
         _ours("ours awq", "awq", method="awq", symmetric=False),
