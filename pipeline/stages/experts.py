@@ -154,6 +154,7 @@ class LayerStatistics:
             common=self.common.to(device),
             sample=self.sample.to(device),
             target=target,
+            sensitivity=None if self.sensitivity is None else self.sensitivity.to(device),
             scale=None if self.scale is None else self.scale.to(device),
         )
 

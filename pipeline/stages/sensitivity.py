@@ -46,7 +46,7 @@ class Sensitivity:
             while self._done <= layer:
                 self._behind -= self._layer(self._done)
                 self._done += 1
-        return self._behind
+        return self._behind.clone()
 
     def _layer(self, layer: int) -> Tensor:
         """What one layer adds, of trace 1 + ROUTER_SHARE where it has both kinds of readers."""
