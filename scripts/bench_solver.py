@@ -126,15 +126,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     scheme = AffineScheme(args.bits, args.group_size, symmetric=True)
-    plain, searched = SolverOptions(scale_search=False), SolverOptions()
+    plain = SolverOptions(scale_search=False, refinement_passes=0)
+    searched, refined = SolverOptions(refinement_passes=0), SolverOptions()
+    readers = torch.randn(
+        (args.out, args.out), device=device, generator=torch.Generator(device).manual_seed(1)
+    )
+    sensitivity = readers.T @ readers
     weight, hessian, form = problem(args.experts, args.out, args.columns, device)
     gptq = QUANTIZERS["gptq"]
     looped = args.loop_experts or args.experts
     losses: dict[str, float] = {}
 
-    def batched(options: SolverOptions) -> None:
+    def batched(options: SolverOptions, weighting: Tensor | None = None) -> None:
         loss = [
-            gptq.quantize(w, h, scheme, options).loss
+            gptq.quantize(w, h, scheme, options, weighting).loss
             for w, h in zip(weight.split(args.tile), hessian.split(args.tile), strict=True)
         ]
         losses["batched"] = float(torch.cat(loss)[:looped].mean())
@@ -161,7 +166,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident"
     batch_loss = losses["batched"]
-    search_time = timed(lambda: batched(searched), device, args.repeat)
+    times = {}
+    for name, options, weighting in (
+        ("with scale search", searched, None),
+        ("and refinement", refined, None),
+        ("and output weights", refined, sensitivity),
+    ):
+        seconds = timed(lambda o=options, w=weighting: batched(o, w), device, args.repeat)
+        times[name] = (seconds, losses["batched"])
     form_time = timed(form, device, args.repeat)
     loop_time = timed(loop, device, 1) * args.experts / looped
     scaled = "" if looped == args.experts else f" ({looped} experts timed, scaled up)"
@@ -170,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"loop over experts   {loop_time:9.3f} s   loss {losses['loop']:.6f}{scaled}")
     print(f"batched             {batch_time:9.3f} s   loss {batch_loss:.6f}")
     print(f"ratio               {loop_time / batch_time:9.1f} x")
-    print(f"with scale search   {search_time:9.3f} s   loss {losses['batched']:.6f}")
+    for name, (seconds, loss) in times.items():
+        print(f"{name:20}{seconds:9.3f} s   loss {loss:.6f}")
     print(
         f"routed Hessians     {form_time:9.3f} s   {TOKENS_PER_EXPERT * args.columns} tokens each"
     )
