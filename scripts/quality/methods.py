@@ -34,8 +34,21 @@ def _ours(name: str, family: str, **settings: str | bool | int) -> Method:
     return Method(name, family, settings)
 
 
-def _peer(name: str, family: str, module: str, environment: str, package: str) -> Method:
-    return Method(name, family, {"method": family}, module, environment, package=package)
+def _gptqmodel(method: str, environment: str) -> Method:
+    settings = {"method": method}
+    return Method(
+        f"GPTQModel {method}", method, settings, "gptqmodel_run", environment, package="gptqmodel"
+    )
+
+
+def _llm_compressor(name: str, family: str, method: str) -> Method:
+    package, settings = "llmcompressor", {"method": method}
+    return Method(name, family, settings, "llm_compressor", "llm-compressor", package=package)
+
+
+def _auto_round(name: str, method: str) -> Method:
+    settings = {"method": method}
+    return Method(name, "autoround", settings, "auto_round_run", "auto-round", package="auto-round")
 
 
 SOURCE = Method("source", "source", {})
@@ -58,19 +71,13 @@ METHODS = {
         _ours("ours gptq", "gptq", method="gptq"),
         _ours("ours awq", "awq", method="awq", symmetric=False),
         _ours("ours awq+gptq", "awq", method="awq+gptq", symmetric=False),
-        _peer("GPTQModel gptq", "gptq", "gptqmodel_run", "gptqmodel", "gptqmodel"),
-        _peer("GPTQModel awq", "awq", "gptqmodel_run", "gptqmodel-awq", "gptqmodel"),
-        _peer("llm-compressor gptq", "gptq", "llm_compressor", "llm-compressor", "llmcompressor"),
-        _peer("llm-compressor awq", "awq", "llm_compressor", "llm-compressor", "llmcompressor"),
-        _peer("AutoRound", "autoround", "auto_round_run", "auto-round", "auto-round"),
-        Method(
-            "AutoRound light",
-            "autoround",
-            {"method": "autoround-light"},
-            "auto_round_run",
-            "auto-round",
-            package="auto-round",
-        ),
+        _gptqmodel("gptq", "gptqmodel"),
+        _gptqmodel("awq", "gptqmodel-awq"),
+        _llm_compressor("llm-compressor gptq", "gptq", "gptq"),
+        _llm_compressor("llm-compressor gptq all tokens", "gptq", "gptq-all"),
+        _llm_compressor("llm-compressor awq", "awq", "awq"),
+        _auto_round("AutoRound light", "autoround-light"),
+        _auto_round("AutoRound", "autoround"),
     )
 }
 

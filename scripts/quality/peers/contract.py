@@ -5,7 +5,7 @@
 MODEL    dense bf16 directory
 TOKENS   safetensors with `tokens`, int64 [sequences, length]: all there is to calibrate on
 OUTPUT   directory that the peer writes, in whatever format it has
-METHOD   gptq, awq, autoround or autoround-light: what the peer is asked for
+METHOD   gptq, awq, gptq-all, autoround or autoround-light: what the peer is asked for
 GROUP    inputs that share one scale; 4 bits always
 
 Routed experts are quantised and nothing else.  Beside OUTPUT it leaves OUTPUT.own.safetensors: a

@@ -1,7 +1,7 @@
 """llm-compressor's GPTQ and AWQ, as its examples for mixtures of experts call them.
 
-Experts are calibrated on the tokens that are routed to them, as all the others do it; sending every
-token to every expert, its default, takes eight times as long here.  AWQ's mappings are its own for
+Experts are calibrated on the tokens that are routed to them, as by all others; by `gptq-all` on all
+tokens, which is its default and takes eight times the work here.  AWQ's mappings are its own for
 this architecture, less those whose layers stay unquantised.
 """
 
@@ -25,13 +25,14 @@ from transformers import AutoModelForCausalLM
 
 from quality.peers.contract import Task, checked_modules, task
 
+ALL_TOKENS = "gptq-all"
 EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 
 
 def recipe(method: str, weights: QuantizationArgs) -> list[Any]:
     """The modifiers of one method."""
     groups = {"experts": QuantizationScheme(targets=[EXPERTS], weights=weights)}
-    if method == "gptq":
+    if method != "awq":
         return [GPTQModifier(config_groups=groups)]
     return [AWQModifier(), QuantizationModifier(config_groups=groups)]
 
@@ -58,7 +59,7 @@ def quantize(given: Task, weights: QuantizationArgs) -> None:
         recipe=recipe(given.method, weights),
         num_calibration_samples=len(given.tokens),
         max_seq_length=given.tokens.shape[1],
-        moe_calibrate_all_experts=False,
+        moe_calibrate_all_experts=given.method == ALL_TOKENS,
     )
     model.save_pretrained(given.output, save_compressed=True)
 
@@ -86,7 +87,7 @@ def main() -> None:
         type="int",
         strategy="group",
         group_size=given.group,
-        symmetric=given.method == "gptq",
+        symmetric=given.method != "awq",
     )
     quantize(given, weights)
     given.keep(own_reading(given.output, weights, given.layers))
