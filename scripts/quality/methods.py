@@ -88,9 +88,7 @@ def _mended(name: str) -> Method:
     return Method(said, "mended", {}, environment=of.environment, package=of.package, mends=name)
 
 
-METHODS |= {
-    row.name: row for row in (_mended("llm-compressor gptq"), _mended("llm-compressor awq"))
-}
+METHODS |= {row.name: row for row in (_mended("llm-compressor awq"),)}
 
 
 def slug(name: str, group: int) -> str:
