@@ -91,7 +91,6 @@ def _conversion(
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "threads": threads,
-        "commit": _git("rev-parse", "--short", "HEAD"),
         **asdict(ended),
     }
 
@@ -281,7 +280,9 @@ def make_environment(method: Method) -> None:
 def peer_version(method: Method) -> str:
     """The peer's version, as its environment has it; ours: the package's and its git tree."""
     if method.package is None:
-        return f"requant {version('requant')}, pipeline/ {_tree('pipeline')[:10]}"
+        changed = " and changes since" if _git("diff", "HEAD", "--", "pipeline") else ""
+        commit = _git("log", "-1", "--format=%h", "--", "pipeline")
+        return f"requant {version('requant')}, pipeline/ of {commit}{changed}"
     wanted = method.package.replace("-", "_").lower()
     for line in (environment_of(method) / "versions.txt").read_text().splitlines():
         name, _, number = line.partition("==")

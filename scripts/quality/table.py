@@ -103,7 +103,7 @@ def versions(rows: Iterable[Row]) -> str:
     """Who made the rows."""
     made = {row["version"]: row for row in rows}
     return "\n".join(
-        f"- {version}: {row['date']}, commit {row['commit']}, {row['machine']},"
+        f"- {version}: {row['date']}, {row['machine']},"
         f" {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
         for version, row in made.items()
     )
