@@ -85,7 +85,12 @@ def bench(arguments: argparse.Namespace) -> None:
             for group in groups
             for name in names
         ]
-    said = "\n\n".join((table(rows, source_row(place)), comparisons(rows), versions(rows)))
+    made = {(found["method"], found["group"]) for found in rows}
+    missing = [f"{name} ({g})" for g in groups for name in names if (name, g) not in made]
+    parts = [table(rows, source_row(place)), comparisons(rows), versions(rows)]
+    if missing:
+        parts.append(f"Not made yet: {', '.join(missing)}.")
+    said = "\n\n".join(parts)
     print(said)
     if arguments.docs:
         insert(arguments.docs, said)
