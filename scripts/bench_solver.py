@@ -17,6 +17,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("and refinement", refined, None),
         ("and output weights", refined, sensitivity),
     ):
-        seconds = timed(lambda o=options, w=weighting: batched(o, w), device, args.repeat)
+        seconds = timed(partial(batched, options, weighting), device, args.repeat)
         times[name] = (seconds, losses["batched"])
     form_time = timed(form, device, args.repeat)
     loop_time = timed(loop, device, 1) * args.experts / looped
