@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -30,7 +30,7 @@ from pipeline.models.skeleton import architecture_of, build_skeleton, geometry_o
 from pipeline.progress import size
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.recipe import Recipe
-from pipeline.stages.context import Context, Job
+from pipeline.stages.context import Context, Estimate, Job
 from pipeline.stages.folding import check_folds
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.order import BUILDING, STAGES
@@ -55,6 +55,21 @@ PACKING_SLACK = 8
 
 
 @dataclass(frozen=True)
+class Standing:
+    """What an earlier run has left of this one's work."""
+
+    state: Literal["new", "unfinished", "finished", "other"]
+    """"other": there is an output, or unfinished work, that was made differently."""
+    done: frozenset[str] = frozenset()
+    """Units that need not run again."""
+    reason: str = ""
+    """Why a run would refuse what is there."""
+
+
+NOTHING = Standing("new")
+
+
+@dataclass(frozen=True)
 class Plan:
     """Jobs in order, and what the machine must have for them."""
 
@@ -65,11 +80,31 @@ class Plan:
     disk_bytes: int
     host_bytes: int
     device_bytes: int
+    have: Standing = NOTHING
+    """What an earlier run has done of it."""
 
     @property
     def seconds(self) -> float:
         """Estimate for all jobs."""
         return sum(self.job_seconds(job) for job in self.jobs)
+
+    @property
+    def left(self) -> tuple[Job, ...]:
+        """Jobs that are still to be done."""
+        return tuple(job for job in self.jobs if job.unit not in self.have.done)
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """By stage, what its jobs will take; memory is the most that one of them needs."""
+        found = {}
+        for stage in dict.fromkeys(job.stage for job in self.jobs):
+            jobs = [job for job in self.jobs if job.stage == stage]
+            found[stage] = Estimate(
+                seconds=round(sum(map(self.job_seconds, jobs)), 3),
+                host_bytes=_host(jobs),
+                device_bytes=max(job.device_bytes for job in jobs),
+            )
+        return found
 
     def job_seconds(self, job: Job) -> float:
         """Estimate for one job: its operations at the probed rate, its bytes, and its start."""
@@ -131,7 +166,8 @@ def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
         host_bytes=RUNTIME_BYTES + max(job.host_bytes for job in jobs),
         device_bytes=max(job.device_bytes for job in jobs),
     )
-    _check_disk(result, context)
+    if any(stage in BUILDING for stage in stages):
+        _check_disk(result, context)
     chosen = [job for job in jobs if job.stage in stages]
     _check_limits([job for job in chosen if job.stage in BUILDING], context)
     if "validate" in stages:
@@ -143,8 +179,16 @@ def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
 
 def as_dict(made: Plan) -> dict[str, Any]:
     """A plan as plain JSON types, a job's share of the estimate with each job."""
-    jobs = [asdict(job) | {"seconds": made.job_seconds(job)} for job in made.jobs]
-    return asdict(made) | {"seconds": made.seconds, "jobs": jobs}
+    jobs = [
+        asdict(job) | {"seconds": made.job_seconds(job), "done": job.unit in made.have.done}
+        for job in made.jobs
+    ]
+    return asdict(made) | {
+        "seconds": made.seconds,
+        "seconds_left": sum(map(made.job_seconds, made.left)),
+        "jobs": jobs,
+        "have": {"state": made.have.state, "reason": made.have.reason},
+    }
 
 
 def locate(model: str, revision: str | None = None) -> Path:

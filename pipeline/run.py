@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import transformers
 
 from pipeline import __version__
 from pipeline.errors import CheckpointError, OutputError, RecipeError
-from pipeline.plan import Plan, plan, prepare
+from pipeline.evaluate.speed import reset_peaks
+from pipeline.plan import NOTHING, Plan, Standing, plan, prepare
 from pipeline.progress import Reporter
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.hessian import HESSIAN_EXPERTS, HESSIAN_TOKENS
@@ -26,6 +28,8 @@ from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.publish import check_wanted
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.streams import resumable_layers
+from pipeline.stages.validate import UNIT as VALIDATE_UNIT
+from pipeline.stages.validate import answer
 from pipeline.threads import use_threads
 from pipeline.workdir import CONVERSION, difference
 
@@ -70,8 +74,10 @@ def run(
         todo = [name for name in chosen if not (built and name in BUILDING)]
         if built and len(todo) < len(chosen):
             announce(f"{context.output} is in place and up to date")
+        whole = plan(context, todo)
+        context.estimates = whole.estimates
         if any(name in BUILDING for name in todo):
-            _execute_building(context, wanted, todo, quiet, announce)
+            _execute_building(context, whole, wanted, todo, quiet, announce)
         for name in todo:
             report = existing_report(context.output) if name == "publish" else None
             if report is not None and not report["passed"]:
@@ -79,6 +85,39 @@ def run(
             elif name not in BUILDING:
                 _execute_rest(context, name, quiet)
     return context
+
+
+def survey(recipe: Recipe, text: str) -> Plan:
+    """What `run` would do with a recipe, and what of it is done already; writes nothing.
+
+    Raises what preparation and planning of the work that is left raise.
+    """
+    use_threads(recipe.limits.threads)
+    context = prepare(recipe, text)
+    have = _standing(context)
+    left = [name for name in STAGES if have.state != "finished" or name not in BUILDING]
+    return replace(plan(context, left), have=have)
+
+
+def _standing(context: Context) -> Standing:
+    """How far the work has come, judged as `run` judges it: by the fingerprint of the whole."""
+    if not context.work.begun and not (context.output / CONVERSION).is_file():
+        return NOTHING
+    if context.checkpoint.headers_only:
+        return Standing("other", reason=f"{context.output} was made from a whole source")
+    wanted = fingerprint(context)
+    whole = plan(context, stages=())
+    try:
+        if _is_built(context, wanted):
+            built = {job.unit for job in whole.jobs if job.stage in BUILDING}
+            validated = {VALIDATE_UNIT} if answer(context) is not None else set()
+            return Standing("finished", frozenset(built | validated))
+    except OutputError as error:
+        return Standing("other", reason=str(error))
+    if changed := difference(context.work.fingerprint(), json.loads(json.dumps(wanted))):
+        reason = f"{context.work.root} holds unfinished work made differently: {changed}"
+        return Standing("other", reason=reason)
+    return Standing("unfinished", frozenset(_done(context, whole)))
 
 
 def fingerprint(context: Context) -> dict[str, Any]:
@@ -156,12 +195,12 @@ def _is_built(context: Context, wanted: dict[str, Any]) -> bool:
 
 def _execute_building(
     context: Context,
+    whole: Plan,
     wanted: dict[str, Any],
     todo: list[str],
     quiet: bool,
     announce: Callable[[str], None],
 ) -> None:
-    whole = plan(context, todo)
     context.work.open(wanted)
     checked = context.work.finished(CHECK_UNIT)
     if checked is not None:
@@ -188,6 +227,7 @@ def _run_stage(
     context: Context, whole: Plan, name: str, done: set[str], reporter: Reporter
 ) -> None:
     stage = None
+    reset_peaks()
     try:
         for job in (j for j in whole.jobs if j.stage == name):
             if job.unit in done:

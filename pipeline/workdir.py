@@ -26,8 +26,10 @@ from typing import IO, Any
 
 from pipeline.checkpoint.writer import FileRecord, write_json
 from pipeline.errors import OutputError
+from pipeline.evaluate.speed import peak_device_bytes, peak_host_bytes
 
 MANIFEST = "work.json"
+PEAKS = ("peak_host_bytes", "peak_device_bytes")
 CONVERSION = "conversion.json"
 """In a finished output directory: how it was made; by its presence the directory is ours."""
 
@@ -41,6 +43,9 @@ class Marker:
     seconds: float
     data: dict[str, Any] = field(default_factory=dict)
     """What later units and the report need to know, as plain JSON types."""
+    peak_host_bytes: int = 0
+    """Most memory of the process since the unit's stage began in it."""
+    peak_device_bytes: int = 0
 
 
 class WorkDirectory:
@@ -135,7 +140,8 @@ class WorkDirectory:
         try:
             raw = json.loads(path.read_text())
             outputs = tuple(FileRecord(**record) for record in raw["outputs"])
-            marker = Marker(raw["unit"], outputs, raw["seconds"], raw["data"])
+            peaks = {key: int(raw[key]) for key in PEAKS}
+            marker = Marker(raw["unit"], outputs, raw["seconds"], raw["data"], **peaks)
         except (ValueError, TypeError, KeyError):  # damaged: as good as none
             return None
         for record in outputs:
@@ -162,13 +168,15 @@ class WorkDirectory:
         self, unit: str, outputs: Sequence[FileRecord], seconds: float, data: Mapping[str, Any]
     ) -> Marker:
         """Record a unit as done; its files must be written and synced before."""
-        marker = Marker(unit, tuple(outputs), seconds, dict(data))
+        peaks = {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_device_bytes()}
+        marker = Marker(unit, tuple(outputs), seconds, dict(data), **peaks)
         write_json(
             self._marker_path(unit),
             {
                 "unit": unit,
                 "outputs": [asdict(record) for record in outputs],
                 "seconds": round(seconds, 3),
+                **peaks,
                 "data": dict(data),
             },
         )

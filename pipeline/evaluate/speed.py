@@ -77,15 +77,18 @@ def measure(
     )
 
 
-def reset_peak_host_bytes() -> None:
-    """Let `peak_host_bytes` count from now on, where the system can (Linux)."""
+def reset_peaks() -> None:
+    """Let both peaks count from now on; that of the host where the system can (Linux)."""
+    if torch.cuda.is_available():  # what nobody holds any more is no part of what comes
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     # Refused in some containers: the peak then counts from the start of the process.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_host_bytes() -> int:
-    """Most resident memory this process has had since `reset_peak_host_bytes`, or since it began;
+    """Most resident memory this process has had since `reset_peaks`, or since it began;
     memory-mapped pages included."""
     status = Path("/proc/self/status")
     if status.is_file():

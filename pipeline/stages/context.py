@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -40,6 +40,20 @@ class Job:
     layer: int | None = None
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What the plan expects all jobs of a stage to take."""
+
+    seconds: float
+    host_bytes: int
+    device_bytes: int
+
+
+def planned(estimate: Estimate | None) -> dict[str, Any]:
+    """An estimate as reports hold it beside what came of it; empty without one."""
+    return {} if estimate is None else {"estimate": asdict(estimate)}
+
+
 @dataclass
 class Context:
     """One run: the recipe and everything that was found out before the first job."""
@@ -53,6 +67,8 @@ class Context:
     device: torch.device
     others: tuple[torch.device, ...] = ()
     """Further devices of the same kind, to share the tiles of a layer with."""
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    """By stage; given by whoever has made a plan."""
     progress: Callable[[str], None] = field(default=lambda _message: None)
     """Told, in a few words, what is going on inside a long job."""
 

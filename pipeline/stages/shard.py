@@ -28,6 +28,7 @@ from pipeline.checkpoint.split import experts_file, plan_split
 from pipeline.checkpoint.sums import read_sums, sealed_files, write_sums
 from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError, ResourceError
+from pipeline.evaluate.speed import peak_device_bytes, peak_host_bytes
 from pipeline.hub.origin import origin
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -35,7 +36,7 @@ from pipeline.models.skeleton import architecture_of, geometry_of
 from pipeline.progress import size
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.report.build import with_digest
-from pipeline.stages.context import Context, Job
+from pipeline.stages.context import Context, Job, planned
 from pipeline.stages.dequantize import CHECK_UNIT
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.side_files import copy_side_files
@@ -46,7 +47,7 @@ from pipeline.stages.units import (
     dense_file,
     layer_unit,
 )
-from pipeline.workdir import CONVERSION, WorkDirectory
+from pipeline.workdir import CONVERSION, PEAKS, WorkDirectory
 
 UNIT = "shard"
 NONEXPERT_BYTES = 4 << 30
@@ -145,11 +146,19 @@ class Shard:
         work = self._context.work
         markers = work.markers()
         checked = work.finished(CHECK_UNIT)
-        stages: dict[str, float] = {}
+        stages: dict[str, dict[str, Any]] = {}
         for marker in markers:
-            stage = marker.unit.partition("-")[0]
-            stages[stage] = stages.get(stage, 0.0) + marker.seconds
-        stages["shard"] = time.monotonic() - started
+            stage = stages.setdefault(marker.unit.partition("-")[0], {"seconds": 0.0})
+            stage["seconds"] = round(stage["seconds"] + marker.seconds, 3)
+            for peak in PEAKS:
+                stage[peak] = max(stage.get(peak, 0), getattr(marker, peak))
+        stages["shard"] = {
+            "seconds": round(time.monotonic() - started, 3),
+            "peak_host_bytes": peak_host_bytes(),
+            "peak_device_bytes": peak_device_bytes(),
+        }
+        estimates = self._context.estimates
+        stages = {name: took | planned(estimates.get(name)) for name, took in stages.items()}
         layers = [m.data for m in markers if "layer" in m.data]
         return with_digest(
             {
@@ -161,7 +170,7 @@ class Shard:
                 "text_licences": text_licences(self._context.recipe),
                 "fingerprint": work.fingerprint(),
                 "source_files": checked.data["files"] if checked else {},
-                "stages": {k: {"seconds": round(v, 3)} for k, v in stages.items()},
+                "stages": stages,
                 "layers": sorted(layers, key=lambda data: int(data["layer"])),
             }
         )

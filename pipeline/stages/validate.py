@@ -19,7 +19,7 @@ from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.evaluate.metrics import compare
 from pipeline.evaluate.reference import Reference
-from pipeline.evaluate.speed import measure, reset_peak_host_bytes, timed
+from pipeline.evaluate.speed import measure, reset_peaks, timed
 from pipeline.progress import size
 from pipeline.report.build import (
     REPORT_FILE,
@@ -31,7 +31,7 @@ from pipeline.report.build import (
 )
 from pipeline.report.card import write_card
 from pipeline.report.optional import page_beside
-from pipeline.stages.context import Context, Job
+from pipeline.stages.context import Context, Estimate, Job, planned
 from pipeline.stages.formats import module_rules
 from pipeline.stages.texts import planned_windows
 from pipeline.stages.units import REFERENCE_FILE
@@ -106,10 +106,8 @@ class Validation:
                 f"{self._context.output} is not finished; run the earlier stages first"
             )
         thresholds = validate.thresholds.model_dump()
-        report = existing_report(self._context.output)
-        if report is not None and report.get("question") == _question(
-            self._context.output, int(validate.device_memory)
-        ):
+        report = answer(self._context)
+        if report is not None:
             report = with_digest(report | verdict(report, thresholds))
         else:
             report = validate_model(
@@ -117,6 +115,7 @@ class Validation:
                 device_memory=int(validate.device_memory),
                 thresholds=thresholds,
                 progress=self._context.progress,
+                estimate=self._context.estimates.get("validate"),
             )
         write_json(self._context.output / REPORT_FILE, report)
         page_beside(self._context.output)
@@ -126,6 +125,14 @@ class Validation:
         """Nothing is held."""
 
 
+def answer(context: Context) -> dict[str, Any] | None:
+    """The report beside the output, if it answers what this recipe asks on this machine."""
+    report = existing_report(context.output)
+    limit = int(context.recipe.validate_.device_memory)
+    same = report is not None and report.get("question") == _question(context.output, limit)
+    return report if same else None
+
+
 def validate_model(
     model: Path,
     *,
@@ -133,10 +140,13 @@ def validate_model(
     thresholds: Mapping[str, float | None],
     reference: Reference | None = None,
     progress: Callable[[str], None] = lambda _message: None,
+    estimate: Estimate | None = None,
 ) -> dict[str, Any]:
     """Measure a model directory against `reference`, or against the record it contains.
 
-    Returns the report.  Raises CheckpointError when there is no record.
+    `estimate`: what the plan said that this would take.  Returns the report.
+
+    Raises CheckpointError when there is no record.
     """
     if reference is None:
         path = model / REFERENCE_FILE
@@ -146,10 +156,7 @@ def validate_model(
             )
         reference = Reference.load(path)
     started = time.monotonic()
-    if torch.cuda.is_available():  # a conversion in the same process is no part of the result
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    reset_peak_host_bytes()
+    reset_peaks()  # a conversion in the same process is no part of the result
     progress("loading the model")
     loaded, load_seconds = timed(lambda: hybrid.load(model, device_memory=device_memory))
     comparison = compare(loaded, reference, progress=progress)
@@ -164,7 +171,14 @@ def validate_model(
         "placement": loaded.hybrid_placement,
         "experts": expert_figures(conversion),
         "stages": conversion.get("stages", {})
-        | {"validate": {"seconds": round(time.monotonic() - started, 3)}},
+        | {
+            "validate": {
+                "seconds": round(time.monotonic() - started, 3),
+                "peak_host_bytes": speed.peak_host_bytes,
+                "peak_device_bytes": speed.peak_device_bytes,
+                **planned(estimate),
+            }
+        },
         "baseline": conversion.get("baseline", "the reference's source"),
         "text": dict(reference.labels),
         "machine": machine(),
