@@ -62,20 +62,37 @@ def _main(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """What this machine can do: GPU, RAM, disk, CPU flags, kernels, versions."""
-    from pipeline.doctor import examine
+    """What this machine can do, what is missing, and what to do about it.
+
+    \b
+    Examples:
+      requant doctor
+      requant doctor --json
+    """
+    from pipeline.doctor import advice, examine
     from pipeline.report.tables import pairs_table, show
 
     found = examine()
+    missing = advice(found)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        show(pairs_table("doctor", found))
+        typer.echo(json.dumps(found | {"advice": missing}, indent=2))
+        return
+    what = "one thing to know" if len(missing) == 1 else f"{len(missing)} things to know"
+    typer.echo(f"requant works here; {what if missing else 'nothing is missing'}")
+    for line in missing:
+        typer.echo(f"- {line}")
+    show(pairs_table("this machine", found))
 
 
 @app.command()
 def inspect(model: HubModel, as_json: Json = False) -> None:
-    """What a model directory is, from its headers alone."""
+    """What a model directory is, from its headers alone.
+
+    \b
+    Examples:
+      requant inspect tests/models/qwen3-next-tiny-nf4
+      requant inspect unsloth/Qwen3-Next-80B-A3B-Instruct-bnb-4bit --json
+    """
     from pipeline.checkpoint.reader import Checkpoint
     from pipeline.plan import locate
     from pipeline.report.tables import show, summary_table
@@ -90,16 +107,23 @@ def inspect(model: HubModel, as_json: Json = False) -> None:
 
 @app.command()
 def plan(recipe: RecipeFile, overrides: Set = None, as_json: Json = False) -> None:
-    """What a recipe will do, and what it needs, without doing it."""
-    from pipeline.plan import as_dict, prepare
-    from pipeline.plan import plan as make
-    from pipeline.recipe import load_recipe
-    from pipeline.report.tables import plan_table, show
+    """What a recipe will do, what of it is done, and what it needs, without doing it.
 
-    made = make(prepare(*load_recipe(recipe, overrides or [])))
+    \b
+    Examples:
+      requant plan recipes/demo.yaml
+      requant plan recipes/qwen3-next-80b-gptq.yaml --set requantize.group_size=32 --json
+    """
+    from pipeline.plan import as_dict
+    from pipeline.recipe import load_recipe
+    from pipeline.report.tables import plan_table, plan_verdict, show
+    from pipeline.run import survey
+
+    made = survey(*load_recipe(recipe, overrides or []))
     if as_json:
         typer.echo(json.dumps(as_dict(made), indent=2))
     else:
+        typer.echo(plan_verdict(made))
         show(plan_table(made))
 
 
@@ -117,7 +141,14 @@ def run(
     fresh: Annotated[bool, typer.Option(help="forget earlier work")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert, split, validate.  Resumes by itself.  Example: requant run recipes/demo.yaml"""
+    """Convert, split, validate.  Resumes by itself.
+
+    \b
+    Examples:
+      requant run recipes/demo.yaml
+      requant run recipes/qwen3-next-80b-gptq.yaml --until shard
+      requant run recipes/demo.yaml --set output.path=out/g32 --set requantize.group_size=32
+    """
     from pipeline.recipe import load_recipe
     from pipeline.report.build import PAGE_FILE, REPORT_FILE, existing_report
     from pipeline.run import run as execute
@@ -144,7 +175,12 @@ def shard(
     model: Model,
     output: Annotated[Path, typer.Option(help="new directory for the split model")],
 ) -> None:
-    """Split an existing GPTQ model into non-expert and expert files, to run it hybrid."""
+    """Split an existing quantised model into non-expert and expert files, to run it hybrid.
+
+    \b
+    Examples:
+      requant shard models/Qwen3-Next-80B-GPTQ --output out/split
+    """
     from pipeline.stages.shard import split_existing
 
     split_existing(model, output, _announce)
@@ -159,7 +195,13 @@ def validate(
     device_memory: Memory = "10GiB",
     json_file: Annotated[Path | None, typer.Option("--json", help="copy of the report")] = None,
 ) -> None:
-    """Measure perplexity, KL divergence, top-1 agreement and speed of a model, loaded hybrid."""
+    """Measure perplexity, KL divergence, top-1 agreement and speed of a model, loaded hybrid.
+
+    \b
+    Examples:
+      requant validate out/demo
+      requant validate out/demo --source tests/models/qwen3-next-tiny-nf4 --text my.txt
+    """
     from pipeline.checkpoint.writer import write_json
     from pipeline.stages.revalidate import revalidate
 
@@ -178,7 +220,13 @@ def report(
         Path | None, typer.Option(help="write the page here, not into the model's directory")
     ] = None,
 ) -> None:
-    """Write report.html: what was measured and what was lost, as one page that opens offline."""
+    """Write report.html: what was measured and what was lost, as one page that opens offline.
+
+    \b
+    Examples:
+      requant report out/demo
+      requant report out/demo --output /tmp/demo.html
+    """
     from pipeline.report.optional import write_page
 
     typer.echo(f"page: {write_page(model, output)}")
@@ -186,12 +234,19 @@ def report(
 
 @app.command()
 def verify(model: Model, as_json: Json = False) -> None:
-    """Check a finished model: checksums, index, names, shapes and packed values."""
+    """Check a finished model: checksums, index, names, shapes and packed values.
+
+    \b
+    Examples:
+      requant verify out/demo
+      requant verify out/demo --json
+    """
     from pipeline.checkpoint.verify import verify_directory
+    from pipeline.progress import announce_rarely
 
     if not model.is_dir():
         raise CheckpointError(f"{model} is not a directory")
-    problems = verify_directory(model)
+    problems = verify_directory(model, announce_rarely(_announce))
     if as_json:
         typer.echo(json.dumps({"ok": not problems, "problems": [str(p) for p in problems]}))
     else:
@@ -241,11 +296,22 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text to continue")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     device_memory: Memory = "10GiB",
+    verify: Annotated[bool, typer.Option("--verify", help="check SHA256SUMS first")] = False,
 ) -> None:
-    """Continue a text with a model loaded hybrid; prints tokens per second at the end."""
+    """Continue a text with a model loaded hybrid; prints tokens per second at the end.
+
+    Checksums are not looked at, unless --verify is given: that reads every file once more.
+
+    \b
+    Examples:
+      requant generate out/demo --prompt "A list is" --max-new-tokens 30
+    """
+    from pipeline.checkpoint.sums import check_sums
     from pipeline.hybrid.generate import stream_text
     from pipeline.threads import use_threads
 
+    if verify and (problems := check_sums(model)):
+        raise CheckpointError(f"{model}: {problems[0]}; `requant verify` tells all that is wrong")
     use_threads()
     rate = stream_text(model, prompt, max_new_tokens, device_memory, sys.stdout)
     typer.echo(f"\n{rate:.1f} tokens/s", err=True)
@@ -275,7 +341,10 @@ def nightly(
 
     Exit code 0: all well, 1: a regression, 2: something could not be validated.
 
-    Example: requant nightly recipes/nightly
+    \b
+    Examples:
+      requant nightly recipes/nightly
+      requant nightly out/demo --json
     """
     if any(find_spec(name) is None for name in ("trackio", "matplotlib")):
         raise UserError("nights need trackio and matplotlib: pip install 'requant[nightly]'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,15 @@ import torch
 
 from pipeline import __version__
 from pipeline.progress import size
+from pipeline.report.optional import MISSING, can_draw
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "triton", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "bitsandbytes", "safetensors", "triton", "numpy"),
+    *("huggingface_hub", "matplotlib"),
+)
+
+FULL_SIZE_HOST, FULL_SIZE_DISK = 47 << 30, 51 << 30
+"""What `requant plan` says of recipes/qwen3-next-80b-gptq.yaml: loading it, and converting it."""
 
 
 def examine() -> dict[str, Any]:
@@ -43,6 +51,42 @@ def examine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def advice(found: Mapping[str, Any]) -> list[str]:
+    """What is missing on this machine, each with what to do about it."""
+    free = psutil.virtual_memory().available
+    disk = shutil.disk_usage(Path.cwd()).free
+    lines = []
+    if not torch.cuda.is_available():
+        lines.append(_no_gpu())
+    if found["torch int4 on CPU"] != "yes":
+        lines.append(
+            "torch has no int4 product for this CPU: experts are dequantised per use, which is"
+            " slower; a torch built for x86 with AVX2 or AVX512 has it"
+        )
+    if free < FULL_SIZE_HOST:
+        lines.append(
+            f"{size(free)} of RAM are free; an 80B model takes {size(FULL_SIZE_HOST)} to load:"
+            " convert it here with --until shard, and run it elsewhere"
+        )
+    if disk < FULL_SIZE_DISK:
+        lines.append(
+            f"{size(disk)} of disk are free here; converting an 80B model takes"
+            f" {size(FULL_SIZE_DISK)} beside the source: put output.path on a larger disk"
+        )
+    if not can_draw():
+        lines.append(MISSING)
+    return lines
+
+
+def _no_gpu() -> str:
+    if torch.version.cuda is None:
+        return (
+            "no GPU can be used: this torch is built for CPUs only; where there is a GPU,"
+            " install torch's CUDA build"
+        )
+    return "no GPU was found: see that nvidia-smi lists it and that its driver is new enough"
 
 
 def _int4_works() -> bool:

@@ -1,9 +1,11 @@
 """Every verb as a user calls it, on the micro model."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -87,6 +89,61 @@ def test_doctor(cli):
         assert found[name] and name in table.out
 
 
+def test_doctor_says_what_to_do(cli, monkeypatch):
+    monkeypatch.setattr("pipeline.doctor._int4_works", lambda: False)
+    monkeypatch.setattr("pipeline.doctor.can_draw", lambda: False)
+    monkeypatch.setattr("pipeline.doctor.FULL_SIZE_HOST", 1 << 60)
+    monkeypatch.setattr("pipeline.doctor.FULL_SIZE_DISK", 1 << 60)
+    advice = json.loads(cli("doctor", "--json").out)["advice"]
+    for words in ("no int4 product", "--until shard", "output.path", "requant[report]"):
+        assert sum(words in line for line in advice) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.doctor.advice", lambda _found: [])
+    assert cli("doctor").out.startswith("requant works here; nothing is missing\n")
+
+
+def test_completion():
+    """As the shell asks for it."""
+    asked = {"_REQUANT_COMPLETE": "complete_bash", "COMP_WORDS": "requant v", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("requant")],
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["validate", "verify"]
+
+
+def test_plan_says_what_is_done(project, cli):
+    """Nothing, a part, all but the measurement, all; and what a run would refuse."""
+
+    def plan(*options):
+        data = json.loads(cli("plan", project.write(), *options, "--json").out)
+        first = cli("plan", project.write(), *options).out.splitlines()[0]
+        return data["have"]["state"], sum(job["done"] for job in data["jobs"]), first
+
+    state, done, line = plan()
+    assert (state, done) == ("new", 0) and line.startswith("nothing is done yet: about ")
+    assert cli("run", project.write(), "--until", "requantize").code == 0
+    state, done, line = plan()
+    assert (state, done) == ("unfinished", 4)
+    assert line.startswith("unfinished work is there: 4 of 6 units are done; about ")
+    assert line.endswith("(shard, validate)")
+    state, done, line = plan("--set", "requantize.group_size=64")
+    assert (state, done) == ("other", 0)
+    assert line.startswith("a run would refuse: ") and "group_size was 32, is now 64" in line
+    assert cli("run", project.write(), "--until", "shard").code == 0
+    state, done, line = plan()
+    assert (state, done) == ("finished", 5)
+    assert line.startswith("the model is made: 5 of 6 units") and line.endswith("(validate)")
+    assert cli("run", project.write()).code == 0
+    state, done, line = plan()
+    assert (state, done) == ("finished", 6) and line.startswith("everything is done")
+    state, _, line = plan("--set", "requantize.group_size=64")
+    assert state == "other" and "group_size was 32, is now 64" in line
+
+
 def test_inspect(cli, micro, finished):
     answer = cli("inspect", micro)
     assert answer.code == 0
@@ -148,6 +205,10 @@ def test_thresholds_decide_the_exit_code(output, project, cli):
 
 def test_report_keys(finished):
     report = finished.report()
+    for name in ("dequantize", "requantize", "shard", "validate"):
+        took = report["stages"][name]
+        assert took["peak_host_bytes"] > 50 << 20
+        assert took["estimate"]["seconds"] > 0 and took["estimate"]["host_bytes"] > 50 << 20
     for path, kind in REPORT.items():
         value = report
         for key in path:
@@ -253,10 +314,13 @@ def test_generate(output, cli):
     answer = cli(*arguments)
     assert answer.code == 0, answer.err
     assert answer.err.strip().endswith("tokens/s") and float(answer.err.split()[0]) > 0
-    assert cli(*arguments).out == answer.out  # greedy, so the same again
+    answer_of_a_whole_model = answer.out  # greedy, so the same again
     answer = cli("generate", output, "--prompt", "")
     assert answer.code == 2 and "prompt" in answer.err
+    assert cli(*arguments, "--verify").out == answer_of_a_whole_model
     (output / "tokenizer.json").unlink()
+    answer = cli(*arguments, "--verify")
+    assert answer.code == 2 and "tokenizer.json: listed in SHA256SUMS" in answer.err
     answer = cli(*arguments)
     assert answer.code == 2 and "tokenizer" in answer.err and "Traceback" not in answer.err
 

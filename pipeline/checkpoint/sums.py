@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.checkpoint.index import resolve_inside
@@ -73,8 +73,15 @@ def read_sums(directory: Path) -> dict[str, str]:
     return sums
 
 
-def check_sums(directory: Path, names: Sequence[str] | None = None) -> list[Problem]:
-    """Files changed, missing and extra (only `names`, where given: neither extra nor others)."""
+def check_sums(
+    directory: Path,
+    names: Sequence[str] | None = None,
+    progress: Callable[[str], None] = lambda _message: None,
+) -> list[Problem]:
+    """Files changed, missing and extra (only `names`, where given: neither extra nor others).
+
+    `progress` is told of each file before it is read.
+    """
     try:
         sums = read_sums(directory)
     except CheckpointError as error:
@@ -88,6 +95,7 @@ def check_sums(directory: Path, names: Sequence[str] | None = None) -> list[Prob
         except CheckpointError:
             problems.append(Problem(name, f"listed in {SUMS_NAME}, but not in the directory"))
             continue
+        progress(f"checksum of {name}")
         if digest_file(path) != digest:
             problems.append(Problem(name, f"its SHA-256 is not the one in {SUMS_NAME}"))
     if names is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ OTHER_FILES = ("validation_reference.safetensors",)
 """safetensors files that hold no weights of the model."""
 
 
-def verify_directory(path: Path) -> list[Problem]:
+def verify_directory(
+    path: Path, progress: Callable[[str], None] = lambda _message: None
+) -> list[Problem]:
     """All that is wrong with a model directory; an empty list when nothing is.
 
     Checksums (where there is a SHA256SUMS), headers and index both ways, shard_map.json (where
     there is one), config.json against the tensors, and every value: scales finite and positive,
     zeros and groups in range, weights finite.  Reads all bytes twice, once each for sums and
-    values.  A directory of headers only is checked by its headers.
+    values.  A directory of headers only is checked by its headers.  `progress` is told of each file
+    and each batch of weights.
     """
-    problems = check_sums(path) if (path / SUMS_NAME).exists() else []
+    problems = check_sums(path, progress=progress) if (path / SUMS_NAME).exists() else []
     try:
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:
@@ -37,7 +40,9 @@ def verify_directory(path: Path) -> list[Problem]:
     problems += _map_problems(checkpoint)
     if not checkpoint.headers_only:
         try:
-            for names in _batches(checkpoint):
+            batches = _batches(checkpoint)
+            for number, names in enumerate(batches, 1):
+                progress(f"values of {names[0]}, {number} of {len(batches)}")
                 problems += checkpoint.problems(names)
         except CheckpointError as error:  # the config makes no sense, or a file has changed
             problems.append(Problem(str(path), str(error)))

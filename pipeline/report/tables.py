@@ -79,17 +79,37 @@ def coverage_table(report: Mapping[str, Any]) -> Table | None:
     return table
 
 
+def plan_verdict(plan: Plan) -> str:
+    """One line: what is left to do, and how long it may take."""
+    left = sum(map(plan.job_seconds, plan.left))
+    if plan.have.state == "other":
+        return f"a run would refuse: {plan.have.reason}"
+    if not plan.left:
+        return "everything is done: a run would only judge the thresholds again"
+    if plan.have.state == "new":
+        return f"nothing is done yet: about {duration(left)} on {plan.device}"
+    stages = ", ".join(dict.fromkeys(job.stage for job in plan.left))
+    done = len(plan.jobs) - len(plan.left)
+    what = "the model is made" if plan.have.state == "finished" else "unfinished work is there"
+    return (
+        f"{what}: {done} of {len(plan.jobs)} units are done; about {duration(left)} on"
+        f" {plan.device} are left ({stages})"
+    )
+
+
 def plan_table(plan: Plan) -> Table:
     """Jobs summed by stage, and what the machine must have."""
-    table = Table(title=f"plan for {plan.device}: about {duration(plan.seconds)}")
+    table = Table(title=f"plan for {plan.device}")
     table.add_column("stage")
-    for name in ("units", "reads", "writes", "time", "host memory", "device memory"):
+    for name in ("units", "done", "reads", "writes", "time", "host memory", "device memory"):
         table.add_column(name, justify="right")
     for stage in dict.fromkeys(job.stage for job in plan.jobs):
         jobs = [job for job in plan.jobs if job.stage == stage]
+        done = sum(job.unit in plan.have.done for job in jobs)
         table.add_row(
             stage,
             str(len(jobs)),
+            "all" if done == len(jobs) else str(done or ""),
             size(sum(job.bytes_read for job in jobs)),
             size(sum(job.bytes_written for job in jobs)),
             duration(sum(plan.job_seconds(job) for job in jobs)),
@@ -98,8 +118,9 @@ def plan_table(plan: Plan) -> Table:
         )
     table.add_section()
     table.add_row(
-        "needs",
+        "needs, for all",
         str(len(plan.jobs)),
+        str(len(plan.jobs) - len(plan.left) or ""),
         "",
         f"{size(plan.disk_bytes)} disk",
         duration(plan.seconds),
@@ -111,19 +132,31 @@ def plan_table(plan: Plan) -> Table:
 
 def summary_table(title: str, summary: Summary) -> Table:
     """What `requant inspect` found."""
-    pairs: dict[str, object] = {"quant_method": summary.quant_method or "none"}
-    for name, share in summary.formats.items():
-        pairs[name] = f"{share.count:,} tensors, {share.elements:,} elements, {size(share.nbytes)}"
-    pairs |= {
+    pairs: dict[str, object] = {
         "weights": f"{size(summary.nbytes)}, {size(summary.expert_nbytes)} of it routed experts",
+        "parameters": _count(summary.elements),
         "experts": f"{summary.experts} in each of {len(summary.layers)} layers,"
         f" {summary.expert_layout}",
+    }
+    shares = sorted(summary.formats.items(), key=lambda item: -item[1].nbytes)
+    for name, share in shares:
+        pairs[name] = f"{size(share.nbytes)}, {share.count:,} tensors, {_count(share.elements)}"
+    pairs |= {
         "router": summary.router,
+        "config.json says": summary.quant_method or "not quantised",
         "files": f"{summary.files}{', headers only' if summary.headers_only else ''}",
         "oddities": "; ".join(summary.oddities) or "none",
         "conflicts": "; ".join(summary.conflicts) or "none",
     }
     return pairs_table(title, pairs)
+
+
+def _count(elements: int) -> str:
+    """Parameters for people: 79.7 billion."""
+    for unit, word in ((10**9, "billion"), (10**6, "million")):
+        if elements >= unit:
+            return f"{elements / unit:.1f} {word}"
+    return f"{elements:,}"
 
 
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
