@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from pipeline.calibration import check_source, read_text
+from pipeline.calibration import check_source, load_tokenizer, read_text
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import CheckpointError, RecipeError, ResourceError
 from pipeline.models import Architecture
@@ -136,9 +136,9 @@ def prepare(recipe: Recipe, text: str) -> Context:
     if work.output.resolve().is_relative_to(source.resolve()):
         raise RecipeError(f"output.path {recipe.output.path} lies inside the source directory")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Context(
-        recipe, text, checkpoint, architecture, geometry, work, device, further_devices(device)
-    )
+    original = _open_reference(recipe, checkpoint, architecture, geometry)
+    others = further_devices(device)
+    return Context(recipe, text, checkpoint, architecture, geometry, work, device, others, original)
 
 
 def further_devices(device: torch.device) -> tuple[torch.device, ...]:
@@ -150,6 +150,29 @@ def further_devices(device: torch.device) -> tuple[torch.device, ...]:
     every = range(torch.cuda.device_count())
     same = [i for i in every if torch.cuda.get_device_properties(i).name == kind]
     return tuple(torch.device("cuda", i) for i in same if i != own)
+
+
+def _open_reference(
+    recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture, geometry: Geometry
+) -> Checkpoint | None:
+    """`source.reference`, which must be the very model that the source is a form of."""
+    if recipe.source.reference is None:
+        return None
+    path = locate(recipe.source.reference)
+    original = Checkpoint.open(path)
+    other = f"source.reference {path} is not the original of {checkpoint.path}"
+    if original.config.get("model_type") != architecture.model_type:
+        raise RecipeError(f"{other}: its model_type is {original.config.get('model_type')!r}")
+    its = asdict(geometry_of(architecture, original.config, str(path)))
+    for name, value in asdict(geometry).items():
+        if its[name] != value:
+            raise RecipeError(f"{other}: its {name} is {its[name]}, the source's is {value}")
+    _check_source(original, architecture, _expected_shapes(original, architecture, geometry))
+    if (path / "tokenizer.json").is_file():
+        vocabularies = [load_tokenizer(p).get_vocab() for p in (path, checkpoint.path)]
+        if vocabularies[0] != vocabularies[1]:
+            raise RecipeError(f"{other}: its tokenizer has another vocabulary")
+    return original
 
 
 def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:

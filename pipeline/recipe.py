@@ -62,8 +62,8 @@ class Source(Section):
     """A directory, or a Hub id, which is downloaded into the Hub's local cache."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); only with a Hub id."""
-    reference: None = None
-    """Reserved for the BF16 original, only to measure against."""
+    reference: str | None = Field(default=None, min_length=1)
+    """The original that the source was quantised from, only to measure against."""
 
 
 class Output(Section):

@@ -58,10 +58,11 @@ def run(
         raise RecipeError("--fresh begins with the first stage, it does not go with --only")
     use_threads(recipe.limits.threads)
     context = prepare(recipe, text)
-    if context.checkpoint.headers_only:
-        raise CheckpointError(
-            f"{context.checkpoint.path} holds headers only; it can be planned, not converted"
-        )
+    for opened in (context.checkpoint, context.original):
+        if opened is not None and opened.headers_only:
+            raise CheckpointError(
+                f"{opened.path} holds headers only; it can be planned, not converted"
+            )
     with context.work:
         context.work.recover()
         chosen = _chosen_stages(recipe, until, only)
@@ -127,8 +128,11 @@ def fingerprint(context: Context) -> dict[str, Any]:
     headers = context.checkpoint.headers
     config = context.checkpoint.config.items()
     cuda = context.device.type == "cuda"
+    original = context.original
+    sizes = {} if original is None else {n: original.headers[n].size for n in original.headers}
     return {
         "source": {name: headers[name].size for name in sorted(headers)},
+        **({"reference": dict(sorted(sizes.items()))} if sizes else {}),
         "config": {key: value for key, value in config if key != "quantization_config"},
         "recipe": {key: resolved[key] for key in ("dequantize", "requantize")},
         "texts": context.texts.digests,

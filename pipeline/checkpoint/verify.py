@@ -15,7 +15,7 @@ from pipeline.checkpoint.shard_map import MAP_NAME, read_shard_map
 from pipeline.checkpoint.sums import SUMS_NAME, check_sums
 from pipeline.errors import CheckpointError
 
-OTHER_FILES = ("validation_reference.safetensors",)
+OTHER_FILES = ("validation_reference.safetensors", "validation_original.safetensors")
 """safetensors files that hold no weights of the model."""
 
 

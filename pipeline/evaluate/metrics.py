@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,18 +167,33 @@ def compare(
     batch_size: int = 1,
     progress: Callable[[str], None] = lambda _message: None,
 ) -> Comparison:
-    """Run a causal language model over the reference's windows and compare.
+    """`compare_each` with one reference."""
+    return compare_each(model, [reference], batch_size, progress)[0]
+
+
+def compare_each(
+    model: PreTrainedModel,
+    references: Sequence[Reference],
+    batch_size: int = 1,
+    progress: Callable[[str], None] = lambda _message: None,
+) -> list[Comparison]:
+    """Run a causal language model over the windows that the references share, and compare.
 
     Memory: batch_size * length * vocabulary logits in the model's dtype on its device, plus some
     128 rows in float32.  For a model that is not a transformers model, use `Comparer`.
     """
-    comparer = Comparer(reference)
-    for first in range(0, len(reference.windows), batch_size):
-        ids = reference.windows.token_ids[first : first + batch_size].to(model.device)
+    windows = references[0].windows
+    if any(not torch.equal(r.windows.token_ids, windows.token_ids) for r in references):
+        raise ValueError("the references are of different windows")
+    comparers = [Comparer(reference) for reference in references]
+    for first in range(0, len(windows), batch_size):
+        ids = windows.token_ids[first : first + batch_size].to(model.device)
         with torch.inference_mode():
-            comparer.add(first, model(input_ids=ids, use_cache=False).logits)
-        progress(f"window {first + len(ids)} of {len(reference.windows)}")
-    return comparer.build()
+            logits = model(input_ids=ids, use_cache=False).logits
+            for comparer in comparers:
+                comparer.add(first, logits)
+        progress(f"window {first + len(ids)} of {len(windows)}")
+    return [comparer.build() for comparer in comparers]
 
 
 def paired_bootstrap(

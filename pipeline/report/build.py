@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,28 @@ def measured(comparison: Comparison, speed: Speed, load_seconds: float) -> dict[
         "load_seconds": load_seconds,
         "peak_host_bytes": speed.peak_host_bytes,
         "peak_device_bytes": speed.peak_device_bytes,
+    }
+
+
+def reference_figures(
+    name: str | None, comparison: Comparison, others: Sequence[Comparison]
+) -> dict[str, Any] | None:
+    """The result against the original that the source was made from; None where it was not given.
+
+    `others`: at most one comparison, on the windows of `comparison`, the one with the source.
+    """
+    if not others:
+        return None
+    other = others[0]
+    interval = other.ratio_interval()
+    return {
+        "name": name,
+        "perplexity": other.source_perplexity,
+        "source_perplexity_ratio": comparison.source_perplexity / other.source_perplexity,
+        "perplexity_ratio": other.perplexity_ratio,
+        "perplexity_ratio_interval": [interval.low, interval.high],
+        "kl_divergence": other.kl_divergence,
+        "top1_agreement": other.top1_agreement,
     }
 
 

@@ -25,6 +25,7 @@ def result_table(report: Mapping[str, Any]) -> Table:
     table.add_column("value", justify="right")
     low, high = report["perplexity_ratio_interval"]
     rows = [
+        ("source", str(report.get("baseline", "not known"))),
         ("source perplexity", f"{report['source']['perplexity']:.4f}"),
         ("quantised perplexity", f"{report['quantized']['perplexity']:.4f}"),
         ("perplexity ratio", f"{report['perplexity_ratio']:.4f}  [{low:.4f}, {high:.4f}]"),
@@ -37,6 +38,20 @@ def result_table(report: Mapping[str, Any]) -> Table:
         ("peak host memory", size(report["peak_host_bytes"])),
         ("peak device memory", size(report["peak_device_bytes"])),
     ]
+    reference = report.get("reference")
+    if reference:
+        low, high = reference["perplexity_ratio_interval"]
+        rows += [
+            ("reference", str(reference["name"])),
+            ("reference perplexity", f"{reference['perplexity']:.4f}"),
+            ("source / reference perplexity", f"{reference['source_perplexity_ratio']:.4f}"),
+            (
+                "quantised / reference perplexity",
+                f"{reference['perplexity_ratio']:.4f}  [{low:.4f}, {high:.4f}]",
+            ),
+            ("KL divergence from reference", f"{reference['kl_divergence']:.5f}"),
+            ("top-1 agreement with reference", f"{reference['top1_agreement']:.2%}"),
+        ]
     experts = report.get("experts") or {}
     if experts:
         rows += [

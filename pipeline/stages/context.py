@@ -67,6 +67,8 @@ class Context:
     device: torch.device
     others: tuple[torch.device, ...] = ()
     """Further devices of the same kind, to share the tiles of a layer with."""
+    original: Checkpoint | None = None
+    """`source.reference`, opened."""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     """By stage; given by whoever has made a plan."""
     progress: Callable[[str], None] = field(default=lambda _message: None)

@@ -45,6 +45,7 @@ from pipeline.stages.formats import output_format
 from pipeline.stages.output import LayerEnd, LayerOutput, OutputWriter
 from pipeline.stages.placement import place
 from pipeline.stages.sensitivity import Sensitivity
+from pipeline.stages.source import record_source
 from pipeline.stages.stream import (
     COMPUTE_DTYPE,
     LayerStream,
@@ -54,6 +55,8 @@ from pipeline.stages.stream import (
 from pipeline.stages.streams import SavePolicy, Streams
 from pipeline.stages.tiles import LayerInputs, TileCrew
 from pipeline.stages.units import (
+    ORIGINAL_FILE,
+    ORIGINAL_UNIT,
     REFERENCE_FILE,
     REFERENCE_UNIT,
     dense_file,
@@ -97,6 +100,9 @@ class Requantize:
     def run(self, job: Job) -> None:
         """Quantise one layer, or record the reference after the last."""
         started = time.monotonic()
+        if job.unit == ORIGINAL_UNIT:
+            self._record_original(started)
+            return
         layer = self._context.geometry.layers if job.layer is None else job.layer
         streams = self._enter(layer)
         if job.layer is None:
@@ -344,6 +350,22 @@ class Requantize:
             time.monotonic() - started,
             {"source_perplexity": reference.perplexity},
         )
+
+    def _record_original(self, started: float) -> None:
+        """The original's predictions on the validation windows."""
+        context = self._context
+        assert context.original is not None
+        reference = record_source(
+            context.original,
+            context.architecture,
+            self._texts.windows,
+            self._texts.labels,
+            context.device,
+            progress=lambda message: context.progress(message.replace("source", "original", 1)),
+        )
+        record = reference.save(context.work.root / ORIGINAL_FILE)
+        seconds = time.monotonic() - started
+        context.work.finish(ORIGINAL_UNIT, [record], seconds, {"perplexity": reference.perplexity})
 
 
 def _present(module: nn.Module, group: ModuleGroup) -> bool:

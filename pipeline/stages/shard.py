@@ -42,6 +42,8 @@ from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.side_files import copy_side_files
 from pipeline.stages.texts import text_licences
 from pipeline.stages.units import (
+    ORIGINAL_FILE,
+    ORIGINAL_UNIT,
     REFERENCE_FILE,
     REFERENCE_UNIT,
     dense_file,
@@ -93,10 +95,11 @@ class Shard:
             for i in range(context.geometry.layers)
             if (marker := context.work.finished(layer_unit(i))) is not None
         ]
-        last = context.work.finished(REFERENCE_UNIT)
-        if last is None or len(layers) != context.geometry.layers:
+        units = [REFERENCE_UNIT, *([ORIGINAL_UNIT] if context.original else [])]
+        last = [m for unit in units if (m := context.work.finished(unit)) is not None]
+        if len(last) != len(units) or len(layers) != context.geometry.layers:
             raise OutputError(f"{root}: requantize is not finished; run it first")
-        records = {r.name: r for m in [*layers, last] for r in m.outputs}
+        records = {r.name: r for m in [*layers, *last] for r in m.outputs}
         context.progress("gathering the tensors outside the experts")
         dense = {
             name: (root / dense_file(i), nbytes)
@@ -115,7 +118,7 @@ class Shard:
             *write_tables(root, self._config(), nonexpert, experts, tokens, context.geometry),
             *nonexpert,
             *experts,
-            records[REFERENCE_FILE],
+            *(records[name] for name in (REFERENCE_FILE, ORIGINAL_FILE) if name in records),
             write_bytes(root / "recipe.yaml", context.recipe_text.encode()),
             write_bytes(
                 root / "recipe.resolved.yaml",
@@ -165,7 +168,7 @@ class Shard:
                 "schema": 1,
                 "kind": "converted",
                 "method": self._context.recipe.requantize.method,
-                "baseline": self._baseline(),
+                **self._baselines(),
                 "source": origin(self._context.checkpoint.path, self._context.recipe.source.model),
                 "text_licences": text_licences(self._context.recipe),
                 "fingerprint": work.fingerprint(),
@@ -175,11 +178,19 @@ class Shard:
             }
         )
 
-    def _baseline(self) -> str:
-        """What the result is measured against: the source, and the form that most of it is in."""
-        formats = self._context.checkpoint.describe().formats
-        main = max(formats, key=lambda name: formats[name].elements)
-        return f"{self._context.recipe.source.model} as stored ({main})"
+    def _baselines(self) -> dict[str, str]:
+        """What the result is measured against: the source and, where it was given, the original;
+        each with the form that most of it is in."""
+        context = self._context
+        found = {"baseline": _as_stored(context.recipe.source.model, context.checkpoint)}
+        if context.original is not None and context.recipe.source.reference is not None:
+            found["reference"] = _as_stored(context.recipe.source.reference, context.original)
+        return found
+
+
+def _as_stored(name: str, checkpoint: Checkpoint) -> str:
+    formats = checkpoint.describe().formats
+    return f"{name} as stored ({max(formats, key=lambda kind: formats[kind].elements)})"
 
 
 Read = Callable[[str], Tensor]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.split import experts_file
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.scaling import EXPONENTS, SEARCH_ROWS
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
+from pipeline.stages.experts import TILE_EXPERTS
 from pipeline.stages.formats import output_format
 from pipeline.stages.placement import place, stream_tokens
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.texts import planned_windows
 
 REFERENCE_FILE = "validation_reference.safetensors"
+ORIGINAL_FILE = "validation_original.safetensors"
+"""As REFERENCE_FILE, of the original that the recipe names as `source.reference`."""
 
 
 def dense_file(layer: int | None) -> str:
@@ -33,6 +37,7 @@ def layer_unit(layer: int) -> str:
 
 
 REFERENCE_UNIT = "requantize-reference"
+ORIGINAL_UNIT = "requantize-original"
 
 
 def jobs(context: Context) -> list[Job]:
@@ -86,7 +91,35 @@ def jobs(context: Context) -> list[Job]:
             host_bytes=4 * outer.dense_elements + streams + logits,
         )
     )
+    if context.original is not None:
+        listed.append(_original_job(context, context.original, evaluation, logits))
     return listed
+
+
+def _original_job(context: Context, original: Checkpoint, evaluation: int, logits: int) -> Job:
+    """The validation text through the original, layer by layer."""
+    g = context.geometry
+    elements = sum(weight.elements for weight in original.weights.values())
+    experts = len(g.moe_layers) * g.experts * 3 * g.hidden * g.inner
+    active = elements - experts + experts * g.top_k // g.experts
+    tile = 2 * 2 * min(TILE_EXPERTS, g.experts) * 3 * g.inner * g.hidden
+    dense = 2 * 2 * (elements - experts) // g.layers
+    # The stream as it enters the layer, without its experts, and their inputs (bf16); the experts'
+    # sums (float32); the routing of each pair.
+    layer = evaluation * (g.hidden * (2 + 2 + 2 + 4) + g.top_k * 28)
+    peak = layer + tile + dense + logits
+    on_cpu = context.device.type == "cpu"
+    return Job(
+        stage="requantize",
+        unit=ORIGINAL_UNIT,
+        inputs=tuple(sorted(original.headers)),
+        outputs=(ORIGINAL_FILE,),
+        bytes_read=sum(weight.nbytes for weight in original.weights.values()),
+        bytes_written=150 * evaluation,
+        flops=2.0 * evaluation * active,
+        host_bytes=peak if on_cpu else tile,
+        device_bytes=0 if on_cpu else peak,
+    )
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pipeline import __version__, hybrid
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CheckpointError, OutputError, ResourceError
-from pipeline.evaluate.metrics import compare
+from pipeline.evaluate.metrics import compare_each
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.speed import measure, reset_peaks, timed
 from pipeline.progress import size
@@ -27,6 +27,7 @@ from pipeline.report.build import (
     expert_figures,
     judge,
     measured,
+    reference_figures,
     with_digest,
 )
 from pipeline.report.card import write_card
@@ -34,7 +35,7 @@ from pipeline.report.optional import page_beside
 from pipeline.stages.context import Context, Estimate, Job, planned
 from pipeline.stages.formats import module_rules
 from pipeline.stages.texts import planned_windows
-from pipeline.stages.units import REFERENCE_FILE
+from pipeline.stages.units import ORIGINAL_FILE, REFERENCE_FILE
 from pipeline.workdir import CONVERSION
 
 UNIT = "validate"
@@ -148,6 +149,7 @@ def validate_model(
 
     Raises CheckpointError when there is no record.
     """
+    original: Reference | None = None
     if reference is None:
         path = model / REFERENCE_FILE
         if not path.is_file():
@@ -155,11 +157,14 @@ def validate_model(
                 f"{model} holds no {REFERENCE_FILE}; give the source it was made from with --source"
             )
         reference = Reference.load(path)
+        if (model / ORIGINAL_FILE).is_file():
+            original = Reference.load(model / ORIGINAL_FILE)
     started = time.monotonic()
     reset_peaks()  # a conversion in the same process is no part of the result
     progress("loading the model")
     loaded, load_seconds = timed(lambda: hybrid.load(model, device_memory=device_memory))
-    comparison = compare(loaded, reference, progress=progress)
+    references = [reference] if original is None else [reference, original]
+    comparison, *others = compare_each(loaded, references, progress=progress)
     prompt = reference.windows.token_ids[0, :PROMPT_TOKENS]
     speed = measure(loaded, prompt, decode_tokens=DECODE_TOKENS)
     conversion = _conversion(model)
@@ -168,6 +173,7 @@ def validate_model(
         "model": model.name,
         "validated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **measured(comparison, speed, load_seconds),
+        "reference": reference_figures(conversion.get("reference"), comparison, others),
         "placement": loaded.hybrid_placement,
         "experts": expert_figures(conversion),
         "stages": conversion.get("stages", {})
