@@ -58,11 +58,7 @@ def run(
         raise RecipeError("--fresh begins with the first stage, it does not go with --only")
     use_threads(recipe.limits.threads)
     context = prepare(recipe, text)
-    for opened in (context.checkpoint, context.original):
-        if opened is not None and opened.headers_only:
-            raise CheckpointError(
-                f"{opened.path} holds headers only; it can be planned, not converted"
-            )
+    _require_data(context)
     with context.work:
         context.work.recover()
         chosen = _chosen_stages(recipe, until, only)
@@ -119,6 +115,14 @@ def _standing(context: Context) -> Standing:
         reason = f"{context.work.root} holds unfinished work made differently: {changed}"
         return Standing("other", reason=reason)
     return Standing("unfinished", frozenset(_done(context, whole)))
+
+
+def _require_data(context: Context) -> None:
+    for opened in (context.checkpoint, context.original):
+        if opened is not None and opened.headers_only:
+            raise CheckpointError(
+                f"{opened.path} holds headers only; it can be planned, not converted"
+            )
 
 
 def fingerprint(context: Context) -> dict[str, Any]:
