@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from pipeline import __version__
 from pipeline.models import ARCHITECTURES
 from pipeline.models.skeleton import build_skeleton, model_config
 from pipeline.quantize.tensor import AffineScheme
+from pipeline.recipe import Requantize
 from pipeline.stages.formats import module_rules, output_format
 
 CONFIG = json.loads((Path(__file__).parents[1] / "models/micro-nf4/config.json").read_text())
@@ -34,10 +35,10 @@ EXPERTS = (0, 7, 10, 100, 511)
 VLLM_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def settings(chosen):
+def settings(chosen, method="gptq"):
     """`quantization_config` as the pipeline writes it, after a trip through JSON."""
     rules = module_rules(ARCHITECTURE, chosen)
-    written = output_format("gptq").quantization_config(
+    written = output_format(Requantize(method=method)).quantization_config(
         AffineScheme(bits=4, group_size=128, symmetric=True), rules, __version__
     )
     return json.loads(json.dumps(written))
@@ -71,9 +72,10 @@ def dynamic_skips(config, name):
     return any(re.match(rule.removeprefix("-:"), name) for rule in config["dynamic"])
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("chosen", CHOICES, ids="+".join)
-def test_transformers_rule(chosen, linears):
-    skipped = settings(chosen)["modules_to_not_convert"]
+def test_transformers_rule(chosen, method, linears):
+    skipped = settings(chosen, method)["modules_to_not_convert"]
     converted = {name for name in linears if should_convert_module(name, skipped)}
     assert converted == packed(linears, chosen)
 
@@ -113,6 +115,24 @@ def test_vllm_rule(chosen, linears):
                 assert dynamic_skips(config, asked) == (name not in expected), asked
     # The routed experts are one module there, and only `dynamic` is asked.
     assert not dynamic_skips(config, "model.layers.0.mlp.experts")
+
+
+@pytest.mark.parametrize("chosen", CHOICES, ids="+".join)
+def test_awq_rule_of_the_servers(chosen, linears):
+    """vLLM, SGLang and AutoAWQ look for entries anywhere in a name; of a fused matrix vLLM asks
+    for each part, and of the routed experts for their one module."""
+    skipped = settings(chosen, "awq")["modules_to_not_convert"]
+    expected = packed(linears, chosen)
+    assert {n for n in linears if not any(entry in n for entry in skipped)} == expected
+    assert not any(entry in "model.layers.0.mlp.experts" for entry in skipped)
+
+
+def test_transformers_reads_the_awq_fields():
+    config = settings(("experts",), "awq")
+    parsed = AwqConfig.from_dict({k: v for k, v in config.items() if k != "meta"})
+    assert (parsed.bits, parsed.group_size, parsed.zero_point) == (4, 128, True)
+    assert str(parsed.format) in {"gemm", "AwqFormat.GEMM"}
+    assert parsed.modules_to_not_convert == config["modules_to_not_convert"]
 
 
 def test_transformers_and_the_servers_find_the_fields_they_insist_on():
