@@ -266,7 +266,7 @@ def test_an_expert_without_tokens_keeps_the_neutral_scale(method, one_thread):
     )
     common = x.float().T @ x.float() / len(x)
     layer = LayerStatistics(
-        common, x[:40], None, torch.exp(torch.randn(hidden) / 3), folds_down=True
+        common, x[:40], None, scale=torch.exp(torch.randn(hidden) / 3), folds_down=True
     )
     folded = dataclasses.replace(routed, inputs=(x / layer.scale).bfloat16())
     layer = dataclasses.replace(layer, common=common / torch.outer(layer.scale, layer.scale))
