@@ -387,6 +387,12 @@ def _check_limits(jobs: Sequence[Job], context: Context) -> None:
             max((j.device_bytes for j in jobs), default=0),
         ),
     ):
+        if need > limit and name == "device_memory":
+            raise ResourceError(
+                f"limits.device_memory is {size(limit)}; with the activations in host memory and"
+                f" one tile of experts at a time {size(need)} are needed: raise the limit, or lower"
+                " calibration.samples, which shrinks a tile's share of the tokens"
+            )
         if need > limit:
             raise ResourceError(
                 f"limits.{name} is {size(limit)}, the plan needs {size(need)}; raise the limit"

@@ -66,12 +66,14 @@ class Reporter:
             self._bar.stop()
 
     def start(self, title: str) -> None:
-        """A job begins."""
-        self._title = title
+        """A job begins; off a terminal the first of a stage is told at once."""
+        stage, self._title = self._title.partition(":")[0], title
         if self._bar is not None:
             self._bar.update(self._task, description=title)
-        else:
+        elif title.partition(":")[0] != stage:
             self._line(title)
+        else:
+            self.detail(title)
 
     def detail(self, message: str) -> None:
         """What goes on inside the job; may be called often."""

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from pipeline import __version__
+from pipeline.device_errors import device_errors, limited
 from pipeline.errors import CheckpointError, OutputError, RecipeError
 from pipeline.evaluate.speed import reset_peaks
 from pipeline.plan import NOTHING, Plan, Standing, plan, prepare
@@ -224,7 +225,8 @@ def _execute_building(
     resumed = sum(job.unit in done for job in jobs)
     if resumed:
         announce(f"resuming: {resumed} of {len(jobs)} units are done")
-    with Reporter(sum(whole.job_seconds(job) for job in jobs), quiet) as reporter:
+    seconds = sum(whole.job_seconds(job) for job in jobs)
+    with Reporter(seconds, quiet) as reporter, limited(context):
         context.progress = reporter.detail
         for name in todo:
             if name in BUILDING:
@@ -245,7 +247,8 @@ def _run_stage(
                 stage = STAGES[name].make(context)
             reporter.start(_title(job, context))
             started = time.monotonic()
-            stage.run(job)
+            with device_errors(context, job):
+                stage.run(job)
             reporter.finish(whole.job_seconds(job), time.monotonic() - started)
     finally:
         if stage is not None:

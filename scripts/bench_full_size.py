@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -181,17 +182,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output_root / f"bench-{name}-{args.method}"
     shutil.rmtree(output, ignore_errors=True)
     shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    figures: dict[str, Any] = {"layers": model.layers, "experts": model.experts}
+    figures |= {"method": args.method, "tokens": args.samples * args.length}
+    if not source.exists():  # before anything touches the GPU: the makers are forked
+        started = time.perf_counter()
+        threads = os.cpu_count() or 1
+        total = write_checkpoint(model, source, seed=0, headers_only=False, threads=threads)
+        seconds = time.perf_counter() - started
+        figures |= {"generate_seconds": seconds, "generate_gb_per_second": total / seconds / 1e9}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M}Z commit {_commit()}, {gpu}")
     print(f"python {platform.python_version()}")
     print(", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "bitsandbytes")))
-    figures: dict[str, Any] = {"layers": model.layers, "experts": model.experts}
-    figures |= {"method": args.method, "tokens": args.samples * args.length}
-    if not source.exists():
-        started = time.perf_counter()
-        total = write_checkpoint(model, source, seed=0, headers_only=False, threads=16)
-        seconds = time.perf_counter() - started
-        figures |= {"generate_seconds": seconds, "generate_gb_per_second": total / seconds / 1e9}
     clock = LayerClock(PLACES) if args.profile else None
     profiles = trace_second_layer() if args.trace else []
     try:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,6 +244,15 @@ def _std(matrix: Matrix) -> float:
     return float(STD * (2048 / matrix.columns) ** 0.5)
 
 
+Task = tuple[int, list[Matrix | Plain], str]
+_WORK: list[tuple[Shard, Task, Tables]] = []
+
+
+def _fill(number: int) -> None:
+    shard, task, tables = _WORK[number]
+    shard.fill(*task, tables)
+
+
 def write_checkpoint(
     model: Model, output: Path, *, seed: int, headers_only: bool, threads: int
 ) -> int:
@@ -255,10 +265,17 @@ def write_checkpoint(
         file.write_header(whole=not headers_only)
     if not headers_only:
         tables = make_tables()
-        with ThreadPoolExecutor(threads) as pool:
-            tasks = [pool.submit(f.fill, *task, tables) for f in files for task in f.tasks()]
-            for task in tasks:
-                task.result()
+        # Processes made by forking know all of this: only numbers travel to them.
+        _WORK[:] = [(file, task, tables) for file in files for task in file.tasks()]
+        if threads == 1:
+            for number in range(len(_WORK)):
+                _fill(number)
+        else:
+            fork = multiprocessing.get_context("fork")
+            with ProcessPoolExecutor(threads, mp_context=fork) as pool:
+                for _ in pool.map(_fill, range(len(_WORK)), chunksize=2):
+                    pass
+        _WORK.clear()
     mapped = [f'"{tensor}":"{file.path.name}"' for file in files for tensor in file.names]
     total = sum(file.size for file in files)
     index = f'{{"metadata":{{"total_size":{total}}},"weight_map":{{' + ",".join(mapped) + "}}"
@@ -278,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--experts", type=int, help="default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--headers-only", action="store_true", help="enough for requant plan")
     args = parser.parse_args(argv)
     if args.output.exists():

@@ -56,6 +56,8 @@ class TensorFiles:
     def __init__(self, paths: dict[str, str]) -> None:
         """`paths`: file name as entries give it -> real path."""
         self._paths = paths
+        self.bytes_read = 0
+        """So far; threads that read at once may make it a little less than it was."""
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _close_all, self._descriptors)
@@ -113,6 +115,7 @@ class TensorFiles:
                 raise CheckpointError(f"{file}: ends before byte {offset + len(target):,}; it has "
                                       "been changed since it was opened")  # fmt: skip
             done += count
+        self.bytes_read += len(target)
 
     def _descriptor(self, file: str) -> int:
         with self._lock:

@@ -68,6 +68,11 @@ class Checkpoint:
         self._files = TensorFiles.of(path, list(headers))
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far."""
+        return self._files.bytes_read
+
+    @property
     def weights(self) -> Mapping[str, StoredWeight]:
         """Every logical tensor by its dense name."""
         return self._weights
@@ -224,7 +229,7 @@ class Checkpoint:
         for group in self._groups(weights):
             some = [weights[i] for i in group]
             storage = self._storage[some[0].format]
-            found += storage.problems(some, self._parts(some, self._gather(some)), self.config)
+            found += storage.problems(some, _LazyParts(some, self), self.config)
         return found
 
     def check_states(self, names: Iterable[str] | None = None) -> None:
@@ -308,6 +313,30 @@ class Checkpoint:
     def _decode(self, weights: Sequence[StoredWeight], stored: Gathered) -> Tensor:
         storage = self._storage[weights[0].format]
         return storage.decode(weights, _known(weights[0]), self._parts(weights, stored))
+
+
+class _LazyParts(Mapping[str, Tensor]):
+    """Stacked parts of weights laid out alike, read when asked for: most checks need few."""
+
+    def __init__(self, weights: Sequence[StoredWeight], checkpoint: Checkpoint) -> None:
+        self._weights = weights
+        self._checkpoint = checkpoint
+        self._names = list(checkpoint._stored_parts(weights[0]))
+        self._read: dict[str, Tensor] = {}
+
+    def __getitem__(self, part: str) -> Tensor:
+        if part not in self._names:
+            raise KeyError(part)
+        if part not in self._read:
+            entries = [weight.parts[part] for weight in self._weights]
+            self._read[part] = self._checkpoint._files.gather(entries).stack(entries)
+        return self._read[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @contextlib.contextmanager

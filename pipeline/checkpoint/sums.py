@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint.index import resolve_inside
 from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.writer import FileRecord, write_bytes
 from pipeline.errors import CheckpointError
+
+THREADS = min(16, os.cpu_count() or 1)
+"""Files digested at once."""
 
 SUMS_NAME = "SHA256SUMS"
 UNSEALED = (
@@ -86,19 +92,24 @@ def check_sums(
         sums = read_sums(directory)
     except CheckpointError as error:
         return [Problem(SUMS_NAME, str(error))]
+    chosen = {n: d for n, d in sums.items() if names is None or n in names}
     problems = []
-    for name, digest in sums.items():
-        if names is not None and name not in names:
-            continue
-        try:
-            path = resolve_inside(directory, name)
-        except CheckpointError:
-            problems.append(Problem(name, f"listed in {SUMS_NAME}, but not in the directory"))
-            continue
-        progress(f"checksum of {name}")
-        if digest_file(path) != digest:
-            problems.append(Problem(name, f"its SHA-256 is not the one in {SUMS_NAME}"))
+    with ThreadPoolExecutor(THREADS) as pool:
+        checked = pool.map(partial(_check_sum, directory), chosen, chosen.values())
+        for name, problem in zip(chosen, checked, strict=True):
+            progress(f"checksum of {name}")
+            problems += [] if problem is None else [problem]
     if names is None:
         extra = [name for name in sealed_files(directory) if name not in sums]
         problems += [Problem(name, f"not listed in {SUMS_NAME}") for name in extra]
     return problems
+
+
+def _check_sum(directory: Path, name: str, digest: str) -> Problem | None:
+    try:
+        path = resolve_inside(directory, name)
+    except CheckpointError:
+        return Problem(name, f"listed in {SUMS_NAME}, but not in the directory")
+    if digest_file(path) != digest:
+        return Problem(name, f"its SHA-256 is not the one in {SUMS_NAME}")
+    return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.shard_map import MAP_NAME, read_shard_map
 from pipeline.checkpoint.sums import SUMS_NAME, check_sums
 from pipeline.errors import CheckpointError
+
+THREADS = min(8, os.cpu_count() or 1)
+"""Batches of weights checked at once."""
 
 OTHER_FILES = ("validation_reference.safetensors", "validation_original.safetensors")
 """safetensors files that hold no weights of the model."""
@@ -26,9 +31,9 @@ def verify_directory(
 
     Checksums (where there is a SHA256SUMS), headers and index both ways, shard_map.json (where
     there is one), config.json against the tensors, and every value: scales finite and positive,
-    zeros and groups in range, weights finite.  Reads all bytes twice, once each for sums and
-    values.  A directory of headers only is checked by its headers.  `progress` is told of each file
-    and each batch of weights.
+    zeros and groups in range, weights finite.  Reads all bytes for the sums and again what values
+    can be judged by (packed codes cannot).  A directory of headers only is checked by its headers.
+    `progress` is told of each file and each batch of weights.
     """
     problems = check_sums(path, progress=progress) if (path / SUMS_NAME).exists() else []
     try:
@@ -41,9 +46,11 @@ def verify_directory(
     if not checkpoint.headers_only:
         try:
             batches = _batches(checkpoint)
-            for number, names in enumerate(batches, 1):
-                progress(f"values of {names[0]}, {number} of {len(batches)}")
-                problems += checkpoint.problems(names)
+            with ThreadPoolExecutor(THREADS) as pool:
+                checked = pool.map(checkpoint.problems, batches)
+                for number, (names, found) in enumerate(zip(batches, checked, strict=True), 1):
+                    progress(f"values of {names[0]}, {number} of {len(batches)}")
+                    problems += found
         except CheckpointError as error:  # the config makes no sense, or a file has changed
             problems.append(Problem(str(path), str(error)))
     checkpoint.close()

@@ -7,6 +7,7 @@ leaves files at mode 0600, and the digest would need a second read of the file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -26,6 +27,9 @@ from pipeline.checkpoint.stored import DTYPE_NAMES
 from pipeline.errors import OutputError
 
 CHUNK_BYTES = 16 * 1024 * 1024
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when there is no room for a file, or may not be."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def _atomic(path: Path) -> Iterator[_Digest]:
         finally:
             os.close(directory)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+        advice = "; make room and give the same command again" if error.errno in FULL else ""
+        raise OutputError(f"{path}: cannot be written ({error.strerror}){advice}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -117,7 +122,7 @@ def write_safetensors(
     equal tensors make equal bytes whatever order they were given in.  `metadata` is written with
     `format: pt`, which transformers insists on.  Raises OutputError when the disk refuses.
     """
-    described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    described = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in tensors}
     order = file_order(described)
     with _atomic(path) as digest:
         digest.write(_header(described, order, metadata))

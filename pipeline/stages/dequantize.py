@@ -8,6 +8,7 @@ unless the recipe says `dequantize: {write: true}`, which makes a standard bf16 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,7 +31,8 @@ from pipeline.workdir import CONVERSION
 
 CHECK_UNIT = "dequantize-check"
 WRITE_UNIT = "dequantize-write"
-HASHING_THREADS = 4
+THREADS = min(16, os.cpu_count() or 1)
+"""Files digested, and tensors decoded, at once."""
 
 
 def jobs(context: Context) -> list[Job]:
@@ -86,16 +88,22 @@ class Dequantize:
         checkpoint = self._context.checkpoint
         checkpoint.check_states()
         stored = {n: w for n, w in checkpoint.weights.items() if expert_of(n) is None}
-        for name in stored:  # the experts are checked when they are decoded, tile by tile
-            checkpoint.load(name)
         paths = [checkpoint.path / name for name in sorted(checkpoint.headers)]
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            digests = list(pool.map(digest_file, paths))
+        with ThreadPoolExecutor(THREADS) as pool:
+            digesting = [pool.submit(digest_file, path) for path in paths]
+            # The experts are checked when they are decoded, tile by tile.
+            for checked in [pool.submit(self._decodes, name) for name in stored]:
+                checked.result()
+            digests = [digest.result() for digest in digesting]
         formats: dict[str, int] = {}
         for weight in checkpoint.weights.values():
             formats[weight.format] = formats.get(weight.format, 0) + 1
         files = {p.name: identity(p) | {"sha256": d} for p, d in zip(paths, digests, strict=True)}
         return {"files": files, "formats": formats}
+
+    def _decodes(self, name: str) -> None:
+        """Raise for a tensor that cannot be decoded."""
+        self._context.checkpoint.load(name)
 
     def _write(self) -> dict[str, Any]:
         """Write one file a layer, then the index; each file is a unit that a resumed run skips."""

@@ -23,6 +23,7 @@ class Graphs:
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
         self._side = torch.cuda.Stream(device)
+        self._warmed: set[tuple[str, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle()
         # Holds the pool, so that each layer's graph gets the memory of the one before.
         self._anchor = torch.cuda.CUDAGraph()
@@ -34,6 +35,10 @@ class Graphs:
         if key != self._key:
             self.drop()
             graph, example = torch.cuda.CUDAGraph(), x.clone()
+            kind = tuple(type(part).__name__ for part in module.modules())
+            if kind not in self._warmed:
+                self._warm_up(call, example)
+                self._warmed.add(kind)
             self._outputs = self._captured(graph, call, example)
             self._graph, self._input, self._key = graph, example, key
         assert self._graph is not None
@@ -46,12 +51,20 @@ class Graphs:
         """Forget the graph, so that its memory can be used."""
         self._key, self._graph, self._input, self._outputs = (), None, None, ()
 
+    def _warm_up(self, call: Call, x: Tensor) -> None:
+        """Libraries set themselves up in a first call, which a graph cannot hold."""
+        current = torch.cuda.current_stream(x.device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            call(x)
+        current.wait_stream(self._side)
+        torch.cuda.empty_cache()  # this stream's memory serves nothing else
+
     def _captured(self, graph: torch.cuda.CUDAGraph, call: Call, x: Tensor) -> tuple[Tensor, ...]:
         # Not `torch.cuda.graph`: that gives all cached memory back first, pinned buffers too.
         current = torch.cuda.current_stream(x.device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
-            call(x)  # libraries set themselves up in a first call, which a graph cannot hold
             # Other threads go on using the device meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:

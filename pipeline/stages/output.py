@@ -82,7 +82,7 @@ class OutputWriter:
 
     @property
     def bytes_written(self) -> int:
-        """So far."""
+        """In whole files, so far."""
         return self._bytes
 
     def begin(self, layer: int, experts: int, name: Name) -> LayerOutput:

@@ -40,25 +40,36 @@ class Placement:
 
 def place(context: Context) -> Placement:
     """The fastest placement within the limits, or else the smallest there is."""
-    host = torch.device("cpu")
-    streams = stream_bytes(context)
-    tile = tile_bytes(context)
-    forward = 4 * TOKENS_PER_BATCH * context.geometry.hidden * FORWARD_WIDTHS
-    decoded, packed = _decoded_bytes(context.geometry), _decoded_bytes(context.geometry) // 3
     if context.device.type == "cpu":
-        need = streams + max(tile, forward) + decoded
-        behind = _fitting(int(context.recipe.limits.host_memory) - need, packed, BEHIND)
-        return Placement(host, 1, behind, 0, need + behind * packed)
+        return smallest(context)
     limit = int(context.recipe.limits.device_memory)
-    work = max(tile, forward) + decoded
-    ahead = _fitting(limit - streams - work, decoded, AHEAD)
+    streams, tile = stream_bytes(context), tile_bytes(context)
+    decoded = _decoded_bytes(context.geometry)
     # A graph of the forward pass keeps its memory through the layer's tiles.
-    inside = streams + tile + forward + (1 + ahead) * decoded
+    inside = streams + tile + _forward_bytes(context) + decoded
+    ahead = _fitting(limit - inside, decoded, AHEAD)
+    inside += ahead * decoded
+    if inside > limit:
+        return smallest(context)
     saved = 2 * stream_tokens(context) * context.geometry.hidden
-    if inside <= limit:
-        return Placement(context.device, ahead, BEHIND, inside, saved + (BEHIND + ahead) * packed)
-    behind = _fitting(int(context.recipe.limits.host_memory) - streams, packed, BEHIND)
-    return Placement(host, 1, behind, work + decoded, streams + (behind + 1) * packed)
+    packed = (BEHIND + ahead) * decoded // 3
+    return Placement(context.device, ahead, BEHIND, inside, saved + packed)
+
+
+def smallest(context: Context) -> Placement:
+    """Streams in host memory, one tile at a time on the device."""
+    streams, decoded = stream_bytes(context), _decoded_bytes(context.geometry)
+    work = max(tile_bytes(context), _forward_bytes(context)) + 2 * decoded
+    on_host = context.device.type == "cpu"
+    need = streams + (work if on_host else decoded // 3)
+    behind = _fitting(int(context.recipe.limits.host_memory) - need, decoded // 3, BEHIND)
+    return Placement(
+        home=torch.device("cpu"),
+        ahead=1,
+        behind=behind,
+        device_bytes=0 if on_host else work,
+        host_bytes=need + behind * decoded // 3,
+    )
 
 
 def stream_tokens(context: Context) -> int:
@@ -96,6 +107,11 @@ def tile_bytes(context: Context) -> int:
         return experts * 3 * g.inner * g.hidden * 12 + outputs + chunk
     solver = experts * (4 * 2 * g.inner * g.hidden * 4 + 6 * 4 * g.hidden**2)
     return max(solver + 2 * pairs * (2 * g.hidden + 3 * g.inner), chunk) + outputs
+
+
+def _forward_bytes(context: Context) -> int:
+    """Activations of one token batch inside a layer."""
+    return 4 * TOKENS_PER_BATCH * context.geometry.hidden * FORWARD_WIDTHS
 
 
 def _decoded_bytes(g: Geometry) -> int:

@@ -96,6 +96,9 @@ class Requantize:
         self._writer = OutputWriter(context.work, placement.behind)
         self._crew = TileCrew(context.solvers, placement.home, self._pack)
         self._reading = False
+        self._begun = time.monotonic()
+        self._read_before = context.checkpoint.bytes_read
+        self._solved = 0
 
     def run(self, job: Job) -> None:
         """Quantise one layer, or record the reference after the last."""
@@ -269,9 +272,10 @@ class Requantize:
             losses["gate_up_loss"] += result.gate_up_loss
             losses["down_loss"] += result.down_loss
             rank += [round(value, 2) for value in result.effective_rank]
+            self._solved += len(result.job.experts)
             self._context.progress(
                 f"layer {layer + 1} of {geometry.layers}, expert {result.job.experts.stop}"
-                f" of {geometry.experts}"
+                f" of {geometry.experts}; {self._rates()}"
             )
         streams.calibration = recorded.with_experts(totals[0])
         streams.evaluation = source.with_experts(totals[1])
@@ -279,6 +283,14 @@ class Requantize:
             streams.target = target.with_experts(totals[2])
         tokens = [routed.count(e) for e in range(geometry.experts)]
         return {"tokens": tokens, "effective_rank": rank, **losses}
+
+    def _rates(self) -> str:
+        """How fast it goes, since this run's first layer."""
+        seconds = max(time.monotonic() - self._begun, 1e-9)
+        read = (self._context.checkpoint.bytes_read - self._read_before) / seconds / 1e9
+        written = self._writer.bytes_written / seconds / 1e9
+        experts = self._solved / seconds
+        return f"{experts:.1f} experts/s, {read:.2f} GB/s read, {written:.2f} GB/s written"
 
     def _layer_statistics(
         self, layer: int, routed: Routed, target: Recorded | None, folded: FoldedLayer

@@ -156,12 +156,10 @@ class LayerStream:
     def _call_of(self, module: nn.Module, recorder: _Recorder | None, length: int) -> Call:
         """One batch through a layer: its output, and what the recorder noted."""
         positions = torch.arange(length, device=self.device).unsqueeze(0)
-        rotary: tuple[Tensor, Tensor] | None = None
+        some = torch.empty(0, dtype=self.dtype, device=self.device)
+        rotary: tuple[Tensor, Tensor] = self._rotary(some, positions)
 
         def call(part: Tensor) -> tuple[Tensor, ...]:
-            nonlocal rotary
-            if rotary is None:
-                rotary = self._rotary(part, positions)
             output = self.architecture.call_layer(module, part, rotary)
             if recorder is None:
                 return (output,)

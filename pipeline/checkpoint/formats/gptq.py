@@ -259,27 +259,25 @@ class Gptq:
     ) -> list[Problem]:
         """Whether bits, groups, zeros, scales and g_idx are what config.json says."""
         settings = config.get("quantization_config") or {}
-        scales = parts["scales"]
-        sound = (torch.isfinite(scales) & (scales > 0)).flatten(1).all(1).tolist()
+        values = _Values(parts, _packing(weights[0]))
         found = []
         for i, weight in enumerate(weights):
-            whats = self._contradictions(weight, settings, {k: v[i] for k, v in parts.items()})
-            if not sound[i]:
+            whats = self._contradictions(weight, settings, values, i)
+            if not values.sound[i]:
                 whats.append("scales are not all finite and positive")
             name = weight.name.removesuffix(".weight")
             found += [Problem(weight.parts["qweight"].file, what, name) for what in whats]
         return found
 
     def _contradictions(
-        self, weight: StoredWeight, config: Mapping[str, Any], parts: Mapping[str, Tensor]
+        self, weight: StoredWeight, config: Mapping[str, Any], values: _Values, i: int
     ) -> list[str]:
         said = settings_of(weight.name.removesuffix(".weight"), config)
         if not said.quantized:
             return [f"is packed, but config.json leaves it dense ({said.because})"]
-        state = weight.state
-        assert state is not None
-        packing: Packing = state.details
-        columns = state.shape[1]
+        packing = _packing(weight)
+        assert weight.state is not None
+        columns = weight.state.shape[1]
         found = []
         if said.bits is not None and said.bits != packing.bits:
             found.append(f"is packed with {packing.bits} bits, config.json says {said.bits}")
@@ -292,18 +290,11 @@ class Gptq:
                     f"size {said.group_size}"
                 )
                 return found
-        index = torch.arange(columns) // group
-        if (
-            "g_idx" in parts
-            and not said.act_order
-            and not torch.equal(parts["g_idx"].long(), index)
-        ):
+        if not said.act_order and not values.in_order(group)[i]:
             found.append("g_idx is not in order, config.json says desc_act: false")
-        zeros = unpack_words(parts["qzeros"], packing.bits)
-        middle = 2 ** (packing.bits - 1) - (2 - packing.version)
-        if said.symmetric and bool((zeros != middle).any()):
+        if said.symmetric and not values.central[i]:
             found.append("zeros are not all in the middle, config.json says sym: true")
-        elif packing.version == 1 and bool((zeros == 2**packing.bits - 1).any()):
+        elif packing.version == 1 and values.overflowing[i]:
             found.append(f"holds the zero {2**packing.bits}, on which readers disagree")
         return found
 
@@ -317,6 +308,38 @@ class Gptq:
         if any(wrong):
             entry = weights[wrong.index(True)].parts["g_idx"]
             raise CheckpointError(f"{entry.file}: {entry.name} names groups beyond the {groups}")
+
+
+class _Values:
+    """What is to be said of the values of a batch `[N, ...]`, matrix by matrix.
+
+    Asked of the whole batch at once: matrix by matrix it would take longer than reading them.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor], packing: Packing) -> None:
+        scales = parts["scales"]
+        self.sound = (torch.isfinite(scales) & (scales > 0)).flatten(1).all(1).tolist()
+        zeros = unpack_words(parts["qzeros"], packing.bits).flatten(1)
+        middle = 2 ** (packing.bits - 1) - (2 - packing.version)
+        self.central = (zeros == middle).all(1).tolist()
+        self.overflowing = (zeros == 2**packing.bits - 1).any(1).tolist()
+        self._index = parts.get("g_idx")
+        self._in_order: dict[int, Sequence[bool]] = {}
+
+    def in_order(self, group: int) -> Sequence[bool]:
+        """Whether g_idx counts groups of that size, for each matrix."""
+        if self._index is None:
+            return [True] * len(self.sound)
+        if group not in self._in_order:
+            plain = torch.arange(self._index.shape[1]) // group
+            self._in_order[group] = (self._index == plain).all(1).tolist()
+        return self._in_order[group]
+
+
+def _packing(weight: StoredWeight) -> Packing:
+    assert weight.state is not None
+    packing: Packing = weight.state.details
+    return packing
 
 
 def _dense(parts: Mapping[str, Tensor], packing: Packing) -> Tensor:

@@ -1,0 +1,102 @@
+"""Memory and disk that do not suffice: refused, or stopped with all finished layers kept."""
+
+import dataclasses
+import resource
+
+import pytest
+import torch
+from support.recipes import digests
+
+from pipeline.errors import OutputError, ResourceError
+from pipeline.plan import _check_limits, prepare
+from pipeline.recipe import parse_recipe
+from pipeline.stages import tiles
+from pipeline.stages.order import STAGES
+from pipeline.stages.placement import place, smallest, stream_bytes
+
+MIB = 1 << 20
+
+
+def _on_gpu(project, limit):
+    """The recipe's context as a machine with a GPU would have it."""
+    project.change(limits={"device_memory": limit})
+    context = prepare(project.recipe, project.text)
+    return dataclasses.replace(context, device=torch.device("cuda"))
+
+
+def test_less_memory_means_less_in_flight_and_at_last_a_refusal(project):
+    roomy = place(_on_gpu(project, "24GiB"))
+    assert roomy.home.type == "cuda"
+    assert roomy.ahead > 1
+    need = roomy.device_bytes
+    fewer = place(_on_gpu(project, need - MIB))
+    assert fewer.home.type == "cuda"
+    assert fewer.ahead == roomy.ahead - 1
+    context = _on_gpu(project, smallest(_on_gpu(project, "24GiB")).device_bytes)
+    beside = place(context)
+    assert beside.home.type == "cpu"
+    assert beside.host_bytes >= stream_bytes(context)
+    _check_limits(STAGES["requantize"].jobs(context), context)
+    context = _on_gpu(project, beside.device_bytes - 1)
+    with pytest.raises(ResourceError, match=r"one tile of experts .* raise the limit"):
+        _check_limits(STAGES["requantize"].jobs(context), context)
+
+
+def _failing(error, layer):
+    solve = tiles.solve_tile
+
+    def failing(job, *rest):
+        if job.layer == layer:
+            raise error
+        return solve(job, *rest)
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), r"memory ran out; finished .*--set"),
+        (torch.AcceleratorError("CUDA error: gone\nmore"), r"the GPU failed \(CUDA error: gone\)"),
+    ],
+)
+def test_a_device_that_fails_keeps_what_is_finished(
+    project, finished, one_thread, cpu_only, monkeypatch, error, said
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(tiles, "solve_tile", _failing(error, 1))
+        with pytest.raises(ResourceError, match=rf"requantize, layer 1: .*{said}") as caught:
+            project.run(until="shard")
+    assert "\n" not in str(caught.value)
+    project.run(until="shard")
+    assert project.said == ["resuming: 2 of 5 units are done"]
+    assert digests(project.output) == digests(finished.output)
+
+
+def test_a_full_disk_keeps_what_is_finished(project, finished, one_thread, cpu_only):
+    """The system refuses files above a size: those of the experts, after the dense tensors."""
+    project.run(only="dequantize")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written .*make room and give the same"):
+            project.run(until="shard")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(project.partial.rglob("*.tmp"))
+    project.run(until="shard")
+    assert project.said[0].startswith("resuming: 1 of")
+    assert digests(project.output) == digests(finished.output)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_limit_holds_on_a_gpu(project, monkeypatch):
+    monkeypatch.setattr("pipeline.plan._check_limits", lambda *_: None)
+    project.change(limits={"device_memory": "24MiB"})
+    torch.cuda.empty_cache()
+    with pytest.raises(ResourceError, match="memory ran out with one tile in flight"):
+        project.run(until="shard")
+    context = project.change(limits={"device_memory": "4GiB"}).run(until="shard")
+    assert parse_recipe(project.data, "recipe").limits.device_memory == 4 << 30
+    assert (context.output / "SHA256SUMS").is_file()
