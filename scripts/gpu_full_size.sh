@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Full size on a GPU, in one go: machine, a layer's parts, kernels, whole conversions.
-# Usage: scripts/gpu_full_size.sh STEP...   (machine parts trace four whole rtn layers experts)
+# Usage: scripts/gpu_full_size.sh STEP...   (machine parts trace two four eight experts whole rtn)
 # Sources go to a memory file system, results to out/; every step has a time limit of its own.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 memory="${MEMORY_DIR:-/dev/shm}"
+mkdir -p out
 step() { printf '\n## %s\n' "$*"; }
 limit() {
     local seconds="$1"
@@ -29,12 +30,17 @@ for name in "$@"; do
         parts) bench 150 --layers 2 --profile --no-verify ;;
         trace) bench 120 --layers 2 --trace --no-verify ;;
         two) bench 100 --layers 2 ;;
+        smoke) # does torch's growing of segments work here?  If not, it is left off.
+            bench 70 --layers 2 | tee out/smoke.log
+            grep -q '"verified": true' out/smoke.log ||
+                export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False ;;
         four) bench 150 --layers 4 ;;
         eight) bench 200 --layers 8 ;;
         rtn4) bench 60 --layers 4 --method rtn ;;
         experts) for n in 64 128; do bench 90 --layers 2 --experts "$n"; done ;;
-        whole) bench 560 --source "$memory/whole" ;;
-        rtn) bench 200 --source "$memory/whole" --method rtn ;;
+        whole) bench "${WHOLE_SECONDS:-560}" --source "$memory/whole" ;;
+        rtn) bench 180 --source "$memory/whole" --method rtn ;;
+        drop) rm -rf "$memory/whole" ;;
         *) echo "unknown step $name" ;;
     esac
 done
