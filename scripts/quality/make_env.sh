@@ -3,7 +3,7 @@
 # Usage: make_env.sh gptqmodel|gptqmodel-awq|llm-compressor|auto-round [DIR]
 #        (default .env-NAME; two to four minutes and 1 to 2 GB each)
 set -eu
-name="$1"
+name="${1:-}"
 dir="${2:-.env-$name}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 case "$name" in
@@ -18,7 +18,7 @@ llm-compressor)
     python3 -m venv "$dir"
     "$dir/bin/pip" install --quiet "torch==2.13.0"
     "$dir/bin/pip" install --quiet "torch==2.13.0" "llmcompressor==0.14.0.1" \
-        "compressed-tensors==0.20.0" "transformers==5.17.0" "accelerate==1.15.0"
+        "compressed-tensors==0.19.0" "transformers==5.17.0" "accelerate==1.15.0"
     ;;
 auto-round)
     python3 -m venv "$dir"
