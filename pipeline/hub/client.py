@@ -6,14 +6,15 @@ seconds; creating, listing and committing it tries once.  `attempt` is around al
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import re
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TypeVar
 
-from httpx2 import TransportError
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -31,6 +32,11 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from pipeline import __version__
 from pipeline.errors import HubError
+
+# What huggingface_hub itself speaks through: httpx2 from version 2 on, httpx before.
+TransportError: type[Exception] = importlib.import_module(
+    "httpx2" if find_spec("httpx2") else "httpx"
+).TransportError
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before a step is tried again, less up to a half at random; then it has failed."""
