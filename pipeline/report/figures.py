@@ -34,6 +34,7 @@ _VARIABLES = {
 
 _SETTINGS = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "requant",  # the same figures give the same page
     "text.parse_math": False,  # a $ in a name is a $
     "font.size": 9,
     "axes.titlesize": 9,

@@ -92,6 +92,10 @@ def test_says_what_was_measured(page, finished):
         assert words in text, words
 
 
+def test_the_same_record_gives_the_same_page(page, finished):
+    assert model_page(read_record(finished.output)) == page
+
+
 def test_is_one_file(page):
     """No script, nothing to load, and no identifier twice."""
     outline = Outline(page)
