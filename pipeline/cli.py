@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -408,6 +409,8 @@ def main() -> None:
     # Libraries' own advice (optional kernels that are not installed) says nothing a user can use.
     # transformers sets its loggers' levels anew when it is imported; this switch it leaves alone.
     logging.disable(logging.WARNING)
+    # Tiles differ in size: without this, much of a GPU's memory is lost between blocks.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         app()
     except UserError as error:

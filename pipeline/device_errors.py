@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import torch
@@ -11,9 +10,6 @@ import torch
 from pipeline.errors import ResourceError
 from pipeline.stages.context import Context, Job
 from pipeline.stages.placement import smallest
-
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
-"""Where users say how torch is to manage GPU memory; they are left to it."""
 
 
 @contextlib.contextmanager
@@ -23,18 +19,16 @@ def limited(context: Context) -> Iterator[None]:
     if context.device.type != "cuda":
         yield
         return
-    if not ALLOCATOR.intersection(os.environ):
-        # Tiles differ in size, and without this as much again is lost between blocks.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     limit = int(context.recipe.limits.device_memory)
-    for device in context.solvers:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    numbers = [_number(device) for device in context.solvers]
+    for number in numbers:
+        total = torch.cuda.get_device_properties(number).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), number)
     try:
         yield
     finally:
-        for device in context.solvers:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        for number in numbers:
+            torch.cuda.set_per_process_memory_fraction(1.0, number)
 
 
 @contextlib.contextmanager
@@ -74,3 +68,8 @@ def _advice(context: Context) -> str:
         f"the GPU's memory ran out with one tile in flight; {kept}, raise limits.device_memory or"
         " use a GPU with more memory"
     )
+
+
+def _number(device: torch.device) -> int:
+    """A GPU's index; "cuda" alone is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index

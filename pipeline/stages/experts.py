@@ -171,6 +171,10 @@ class TileOutput:
     values: Tensor
     """float32 [n, hidden]"""
 
+    def to(self, device: torch.device) -> TileOutput:
+        """The same on another device."""
+        return TileOutput(self.rows.to(device), self.values.to(device))
+
     def add_to(self, total: Tensor) -> None:
         """Add to `total`, float32 [tokens, hidden], on any device.
 

@@ -159,11 +159,15 @@ class TileCrew:
             reader.close()
         self._readers.clear()
 
+    def _kept(self, output: TileOutput) -> TileOutput:
+        """Outputs that wait until the tile is solved: in host memory, where the streams are."""
+        return output.to(self._home) if self._home.type == "cpu" else output
+
     def _work(self, reader: TileReader, job: TileJob, inputs: LayerInputs) -> TileResult:
         """One tile, all of it, on its device."""
         with torch.inference_mode(), _on(job.device):
             dense = reader.take(job)
-            source = tuple(tile_output(job, dense, routed) for routed in inputs.source)
+            source = tuple(self._kept(tile_output(job, dense, routed)) for routed in inputs.source)
             solved = solve_tile(job, dense, inputs.calibration, inputs.statistics)
             calibration = tile_output(job, solved.dense, inputs.calibration)
             a = job.architecture
