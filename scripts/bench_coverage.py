@@ -1,6 +1,7 @@
 """What an expert that saw few tokens should be solved on, and whether gate values should count.
 
     python scripts/bench_coverage.py layers    # held-out error of single layers
+    python scripts/bench_coverage.py texts     # the same, by the length of the whole text
     python scripts/bench_coverage.py short     # conversions with very short texts
     python scripts/bench_coverage.py router    # router-weighted against plain
 
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.evaluate.metrics import Comparison, paired_bootstrap
 from pipeline.evaluate.windows import sliding_windows
 from pipeline.models.skeleton import architecture_of
+from pipeline.quantize import hessian
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme
@@ -49,21 +52,24 @@ STRENGTHS = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0)
 """In tokens per input column."""
 SAMPLES = (0, 64, 512, 2048)
 """Tokens sent through an expert's own gate and up; 0: as few as keep it solvable, one."""
+LENGTHS = (32, 128, 1024, 3000, 8192, 32768)
+PRIORS = (0.001, 1.0, 3.0, 10.0, 30.0)
+"""In tokens per input column."""
 SHORT = ((1, 32), (2, 64), (8, 128))
 """Sequences and their length."""
 
 
 @contextmanager
-def constants(**values: float) -> Iterator[None]:
-    """`pipeline.stages.experts` with other constants."""
-    before = {name: getattr(stage, name) for name in values}
+def constants(module: ModuleType, **values: float) -> Iterator[None]:
+    """A module with other constants."""
+    before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
-            setattr(stage, name, value)
+            setattr(module, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(stage, name, value)
+            setattr(module, name, value)
 
 
 class Bench:
@@ -74,9 +80,7 @@ class Bench:
         assert kept.inputs is not None
         self.routed = stage.sort_by_expert(kept, geometry.experts)
         self.held = stage.sort_by_expert(held, geometry.experts)
-        x = kept.inputs.float()
-        self.common = x.T @ x / len(x)
-        self.order = torch.randperm(len(x), generator=torch.Generator().manual_seed(layer))
+        self.layer = layer
         self.job = stage.TileJob(
             checkpoint=stream.checkpoint,
             architecture=stream.architecture,
@@ -101,13 +105,18 @@ class Bench:
     def _error(self, solved: stage.SolvedTile) -> float:
         return float((self._output(solved.dense) - self.wanted).double().square().sum())
 
-    def _input(self, budget: int | None, sample: int) -> tuple[stage.Routed, stage.LayerStatistics]:
-        """The routed tokens cut to a budget an expert, and the layer's statistics."""
+    def _input(
+        self, budget: int | None, sample: int, length: int | None = None
+    ) -> tuple[stage.Routed, stage.LayerStatistics]:
+        """The routed tokens of a text of `length` tokens cut to a budget an expert, and the layer's
+        statistics."""
+        text = self.routed.inputs[:length]
         chance = random.Random(0)
         taken: list[int] = []
         offsets = [0]
         for expert in range(self.job.experts.stop):
-            pairs = list(range(self.routed.offsets[expert], self.routed.offsets[expert + 1]))
+            every = range(self.routed.offsets[expert], self.routed.offsets[expert + 1])
+            pairs = [pair for pair in every if int(self.routed.tokens[pair]) < len(text)]
             keep = len(pairs) if budget is None else min(budget, len(pairs))
             taken += sorted(chance.sample(pairs, keep))
             offsets.append(len(taken))
@@ -118,13 +127,14 @@ class Bench:
             weights=self.routed.weights[chosen],
             offsets=tuple(offsets),
         )
-        own = self.routed.inputs[self.order[: max(sample, 1)]]
-        return routed, stage.LayerStatistics(self.common, own, None)
+        order = torch.randperm(len(text), generator=torch.Generator().manual_seed(self.layer))
+        x = text.float()
+        common = hessian.rounded_out(x.T @ x / len(x), len(x))
+        return routed, stage.LayerStatistics(common, text[order[: max(sample, 1)]], None)
 
-    def relative(self, budget: int | None, strength: float, sample: int = 512) -> float:
+    def relative(self, budget: int | None, sample: int, length: int | None = None) -> float:
         """Held-out error relative to rounding's."""
-        with constants(STRENGTH=strength):
-            solved = stage.solve_tile(self.job, self.tile, *self._input(budget, sample))
+        solved = stage.solve_tile(self.job, self.tile, *self._input(budget, sample, length))
         return self._error(solved) / self.rounding
 
 
@@ -165,16 +175,32 @@ def benches(model: Path) -> list[Bench]:
 def layers(model: Path) -> None:
     """Error by tokens an expert kept, and by strength or sample."""
     made = benches(model)
+    usual = stage.DOWN_SAMPLE_TOKENS
     for what, values in (("strength", STRENGTHS), ("sample", SAMPLES)):
         print(f"\n| tokens an expert | {' | '.join(f'{what} {v:g}' for v in values)} |")
         print("|---" * (len(values) + 1) + "|")
         for budget in BUDGETS:
             cells = []
             for value in values:
-                given = (value,) if what == "strength" else (stage.STRENGTH, int(value))
-                errors = [bench.relative(budget, *given) for bench in made]
+                strength, sample = (value, usual) if what == "strength" else (None, int(value))
+                with constants(stage, STRENGTH=strength or stage.STRENGTH):
+                    errors = [bench.relative(budget, sample) for bench in made]
                 cells.append(f"{sum(errors) / len(errors):.3f}")
             print(f"| {'all' if budget is None else budget} | {' | '.join(cells)} |", flush=True)
+
+
+def texts(model: Path) -> None:
+    """Error by the length of the whole text, and by the weight of no knowledge."""
+    made = benches(model)
+    print(f"\n| tokens of the text | {' | '.join(f'prior {v:g}' for v in PRIORS)} |")
+    print("|---" * (len(PRIORS) + 1) + "|")
+    for length in LENGTHS:
+        cells = []
+        for prior in PRIORS:
+            with constants(hessian, PRIOR=prior):
+                errors = [b.relative(None, stage.DOWN_SAMPLE_TOKENS, length) for b in made]
+            cells.append(f"{sum(errors) / len(errors):.3f}")
+        print(f"| {length:,} | {' | '.join(cells)} |", flush=True)
 
 
 def convert(folder: Path, place: Workplace, sections: Mapping[str, Any]) -> Path:
@@ -209,13 +235,14 @@ def compare(place: Workplace, rows: Mapping[str, Mapping[str, Any]]) -> None:
 def main() -> None:
     """Parse arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("part", choices=("layers", "short", "router"))
+    parser.add_argument("part", choices=("layers", "texts", "short", "router"))
     parser.add_argument("--windows", type=int, default=64, help="evaluation windows of a text")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {arguments.part}")
-    if arguments.part == "layers":
-        layers(Path(yaml.safe_load(RECIPE.read_text())["source"]["model"]))
+    if arguments.part in ("layers", "texts"):
+        measure = layers if arguments.part == "layers" else texts
+        measure(Path(yaml.safe_load(RECIPE.read_text())["source"]["model"]))
         return
     if arguments.part == "short":
         rows: dict[str, dict[str, Any]] = {"rounding": {"requantize": {"method": "rtn"}}}

@@ -22,6 +22,11 @@ HESSIAN_EXPERTS = 8
 """Experts summed at once, always this many.  Both are part of what fixes the result's bytes, and no
 memory limit changes them."""
 
+PRIOR = 10.0
+"""Weight of no knowledge, in tokens per input column, where substitute statistics are formed.
+Measured (docs/quality.md): without it a text of 32 to 1,024 tokens in all gave 1.1 to 1.6 times
+rounding's error; plenty of tokens lose nothing by it."""
+
 
 def routed_hessians(
     x_sorted: Tensor, offsets: Tensor, *, weights: Tensor | None = None, out: Tensor | None = None
@@ -96,6 +101,20 @@ def router_emphasis(weights: Tensor, offsets: Tensor) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(len(counts), device=weights.device), counts)
     total = torch.zeros(len(counts), device=weights.device).index_add_(0, owner, squares)
     return squares * (counts / total.clamp_min(1e-30))[owner]
+
+
+def rounded_out(mean: Tensor, tokens: int) -> Tensor:
+    """A second moment of few tokens drawn towards equal ones in all directions.
+
+    (n * mean + m * level * I) / (n + m), level being the diagonal's mean, m = `PRIOR` tokens per
+    input column.  What few tokens never reached is not free to be traded away: with none left of
+    them a quantiser has nothing to make up and rounds.  `mean`: float32 [..., in, in], of `tokens`.
+    """
+    columns = mean.shape[-1]
+    prior = PRIOR * columns
+    level = mean.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    identity = torch.eye(columns, device=mean.device)
+    return (tokens * mean + prior * level * identity) / (tokens + prior)
 
 
 def shrink(hessian_sum: Tensor, counts: Tensor, all_token_mean: Tensor, strength: float) -> Tensor:

@@ -19,6 +19,7 @@ from pipeline.models import Architecture
 from pipeline.quantize.correction import corrected, routed_drift
 from pipeline.quantize.hessian import (
     effective_rank,
+    rounded_out,
     routed_hessians,
     router_emphasis,
     shrink,
@@ -345,6 +346,7 @@ def _down_hessian(
     for part in own:
         own_offsets.append(own_offsets[-1] + len(part))
     substitute = routed_hessians(torch.cat(own), torch.tensor(own_offsets)) / len(sample)
+    substitute = rounded_out(substitute, len(sample))
     # Where there is no substitute it is zero, and shrinking only scales, which changes nothing.
     routed = routed_hessians(actual, torch.tensor(offsets), weights=emphasis)
     return actual, shrink(routed, counts, substitute, strength)

@@ -27,6 +27,7 @@ from pipeline.errors import NumericalError
 from pipeline.evaluate.reference import ReferenceBuilder
 from pipeline.evaluate.windows import Windows
 from pipeline.models.architecture import ModuleGroup
+from pipeline.quantize.hessian import rounded_out
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme
@@ -311,7 +312,7 @@ class Requantize:
                 context.checkpoint, context.architecture, context.device
             )
         return LayerStatistics(
-            common=common / tokens,
+            common=rounded_out(common / tokens, tokens),
             sample=rows_on(device, routed.inputs, chosen),
             target=None if target is None else target.inputs,
             sensitivity=None if self._sensitivity is None else self._sensitivity.after(layer),

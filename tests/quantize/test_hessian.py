@@ -6,7 +6,9 @@ from problems import fresh, inputs
 
 import pipeline.quantize.hessian as hessian_module
 from pipeline.quantize.hessian import (
+    PRIOR,
     effective_rank,
+    rounded_out,
     routed_hessians,
     router_emphasis,
     shrink,
@@ -103,3 +105,16 @@ def test_router_emphasis_is_the_squared_weight_with_mean_one():
         assert torch.allclose(found[start:stop].double(), squares / squares.mean(), rtol=1e-4)
     equal = router_emphasis(torch.full((int(offsets[-1]),), 0.3), offsets)
     assert torch.allclose(equal, torch.ones(len(equal)))
+
+
+def test_few_tokens_are_drawn_towards_equal_moments():
+    x = inputs(fresh(), 1, 20, 48)[0]
+    mean = x.T @ x / 20
+    prior = PRIOR * 48
+    level = mean.trace().double() / 48
+    expected = (20 * mean.double() + prior * level * torch.eye(48)) / (20 + prior)
+    found = rounded_out(mean, 20)
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found.trace(), mean.trace(), rtol=1e-5)  # the level is kept
+    assert torch.allclose(rounded_out(mean, 10**9), mean, rtol=1e-4, atol=1e-5)
+    assert torch.equal(rounded_out(torch.stack([mean, 0 * mean]), 20)[1], torch.zeros(48, 48))
