@@ -96,10 +96,10 @@ def token_histogram(counts: Sequence[int]) -> Picture:
                 ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             ax.hist(seen, bins.tolist(), histtype="stepfilled", color=ACCENT)
             ax.margins(y=0.2)
-            middle = statistics.median(seen)
+            middle = max(statistics.median(counts), first)  # a log axis has no zero
             ax.axvline(middle, color=SECOND, linestyle="--", linewidth=1.2)
             ax.annotate(
-                f"median {middle:,.0f}",
+                f"median {statistics.median(counts):,.0f}",
                 (middle, 1),
                 (4, -2),
                 xycoords=("data", "axes fraction"),

@@ -41,7 +41,8 @@ def headline(report: Report) -> tuple[str, str]:
         f" {percent(report.top1_agreement, 1)} of {report.scored_tokens:,} positions."
     )
     if not report.passed:
-        return "Failed", f"{'; '.join(report.failures)}. {measured}"
+        missed = "; ".join(map(_in_words, report.failures))
+        return "Failed", f"{missed[:1].upper()}{missed[1:]}. {measured}"
     judged = any(bound is not None for bound in report.thresholds.values())
     return ("Passed" if judged else "Measured, not judged"), measured
 
@@ -299,6 +300,12 @@ def recipe(record: Record) -> Section | None:
 
 
 _AT_LEAST = ("top1_agreement", "decode_tokens_per_second")
+
+
+def _in_words(failure: str) -> str:
+    """A failure without its figure's key; other texts as they are."""
+    key, space, rest = failure.partition(" ")
+    return f"{WORDS.get(key, key)}{space}{rest}"
 
 
 def _losses_by_class(record: Record, layers: Sequence[LayerRecord]) -> dict[str, list[float]]:

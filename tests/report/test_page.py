@@ -121,7 +121,7 @@ def test_pictures_have_words(page):
 def test_failed(model):
     change(model, passed=False, failures=["kl_divergence 2 is above 1"], thresholds={})
     text = Outline(model_page(read_record(model))).text
-    assert "✗ Failed" in text and "kl_divergence 2 is above 1" in text
+    assert "✗ Failed" in text and "KL divergence 2 is above 1" in text
     change(model, passed=True, failures=[])
     assert "Measured, not judged" in Outline(model_page(read_record(model))).text
 
