@@ -243,11 +243,11 @@ def _run_stage(
             if job.unit in done:
                 reporter.skip(whole.job_seconds(job))
                 continue
-            if stage is None:
-                stage = STAGES[name].make(context)
             reporter.start(_title(job, context))
             started = time.monotonic()
             with device_errors(context, job):
+                if stage is None:
+                    stage = STAGES[name].make(context)
                 stage.run(job)
             reporter.finish(whole.job_seconds(job), time.monotonic() - started)
     finally:
