@@ -44,7 +44,9 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as recipes/demo.yaml")]
 Model = Annotated[Path, typer.Argument(help="a model directory")]
-HubModel = Annotated[str, typer.Argument(help="a model directory, or the Hub id of a cached one")]
+HubModel = Annotated[
+    str, typer.Argument(help="a model directory, or a Hub id: its headers are read, no weights")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="override a recipe key: requantize.group_size=32")
@@ -95,10 +97,10 @@ def inspect(model: HubModel, as_json: Json = False) -> None:
       requant inspect unsloth/Qwen3-Next-80B-A3B-Instruct-bnb-4bit --json
     """
     from pipeline.checkpoint.reader import Checkpoint
-    from pipeline.plan import locate
+    from pipeline.hub.fetch import with_headers
     from pipeline.report.tables import show, summary_table
 
-    summary = Checkpoint.open(locate(model)).describe()
+    summary = Checkpoint.open(with_headers(model)).describe()
     if as_json:
         typer.echo(json.dumps(asdict(summary), indent=2))
     else:

@@ -18,12 +18,11 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from pipeline.calibration import check_source, load_tokenizer, read_text
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import CheckpointError, RecipeError, ResourceError
+from pipeline.hub.fetch import with_headers
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import architecture_of, build_skeleton, geometry_of, model_config
@@ -115,9 +114,11 @@ class Plan:
 def prepare(recipe: Recipe, text: str) -> Context:
     """Open the source and check the recipe against it; nothing is written.
 
+    A source on the Hub that is not on this machine yet is opened by its headers alone.
+
     Raises CheckpointError, RecipeError or OutputError, in one line, for what can be refused now.
     """
-    source = locate(recipe.source.model, recipe.source.revision)
+    source = with_headers(recipe.source.model, recipe.source.revision)
     checkpoint = Checkpoint.open(source)
     architecture = architecture_of(checkpoint.config, str(source))
     geometry = geometry_of(architecture, checkpoint.config, str(source))
@@ -158,7 +159,7 @@ def _open_reference(
     """`source.reference`, which must be the very model that the source is a form of."""
     if recipe.source.reference is None:
         return None
-    path = locate(recipe.source.reference)
+    path = with_headers(recipe.source.reference)
     original = Checkpoint.open(path)
     other = f"source.reference {path} is not the original of {checkpoint.path}"
     if original.config.get("model_type") != architecture.model_type:
@@ -212,24 +213,6 @@ def as_dict(made: Plan) -> dict[str, Any]:
         "jobs": jobs,
         "have": {"state": made.have.state, "reason": made.have.reason},
     }
-
-
-def locate(model: str, revision: str | None = None) -> Path:
-    """A model's directory: as given, or a Hub id's snapshot in the local Hub cache."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{model} is a file; give the model's directory")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"model {model} does not exist")
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
-        raise CheckpointError(
-            f"model {model} is neither a directory nor in the local Hub cache;"
-            f" download it first: hf download {model}"
-        ) from None
 
 
 def _check_recipe(recipe: Recipe, architecture: Architecture) -> None:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pipeline import __version__
 from pipeline.device_errors import device_errors, limited
 from pipeline.errors import CheckpointError, OutputError, RecipeError
 from pipeline.evaluate.speed import reset_peaks
+from pipeline.hub.fetch import download
 from pipeline.plan import NOTHING, Plan, Standing, plan, prepare
 from pipeline.progress import Reporter
 from pipeline.quantize.backend import solver_backend
@@ -58,11 +60,10 @@ def run(
     if fresh and only:
         raise RecipeError("--fresh begins with the first stage, it does not go with --only")
     use_threads(recipe.limits.threads)
-    context = prepare(recipe, text)
-    _require_data(context)
+    chosen = _chosen_stages(recipe, until, only)
+    context = _prepared(recipe, text, chosen, announce)
     with context.work:
         context.work.recover()
-        chosen = _chosen_stages(recipe, until, only)
         if "publish" in chosen:
             check_wanted(recipe, context.checkpoint.path)
         wanted = fingerprint(context)  # reads the texts: nothing is forgotten for a bad one
@@ -116,6 +117,29 @@ def _standing(context: Context) -> Standing:
         reason = f"{context.work.root} holds unfinished work made differently: {changed}"
         return Standing("other", reason=reason)
     return Standing("unfinished", frozenset(_done(context, whole)))
+
+
+def _prepared(
+    recipe: Recipe, text: str, chosen: list[str], announce: Callable[[str], None]
+) -> Context:
+    """The context with whole models; those that are on the Hub only are downloaded."""
+    context = prepare(recipe, text)
+    absent = [
+        (named, revision)
+        for opened, named, revision in (
+            (context.checkpoint, recipe.source.model, recipe.source.revision),
+            (context.original, recipe.source.reference, None),
+        )
+        if opened is not None and opened.headers_only
+        if named is not None and not Path(named).expanduser().is_dir()
+    ]
+    if absent:
+        plan(context, chosen)  # refuses what cannot be done before anything is downloaded
+        for named, revision in absent:
+            download(named, revision, announce)
+        context = prepare(recipe, text)
+    _require_data(context)
+    return context
 
 
 def _require_data(context: Context) -> None:

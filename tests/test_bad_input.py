@@ -222,7 +222,7 @@ RECIPES = {
     "override below a value": (["output.path.name=x"], ["path is not a section"]),
     "override not YAML": (["output.path=[1"], ["not YAML"]),
     "no such source": (["source.model=nowhere/at/all"], ["nowhere/at/all does not exist"]),
-    "not a cached Hub model": (["source.model=nobody/nothing"], ["nobody/nothing", "hf download"]),
+    "no network": (["source.model=nobody/nothing"], ["nobody/nothing", "cannot be reached"]),
     "text missing": (["calibration.sources=[/gone.txt]"], ["/gone.txt does not exist"]),
     "too few sequences": (
         ["calibration.samples=100000"],
@@ -248,7 +248,8 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_recipes_refused_before_any_work(project, refused, case):
+def test_recipes_refused_before_any_work(project, refused, case, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     overrides, said = RECIPES[case]
     line = refused(*(word for override in overrides for word in ("--set", override)))
     assert all(part in line for part in said), line

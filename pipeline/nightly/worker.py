@@ -22,9 +22,9 @@ import torch
 
 from pipeline.checkpoint.sums import SUMS_NAME, digest_file
 from pipeline.checkpoint.verify import verify_directory
-from pipeline.errors import CheckpointError, RecipeError, UserError
+from pipeline.errors import CheckpointError, HubError, RecipeError, UserError
+from pipeline.hub.fetch import download
 from pipeline.nightly.recipe import NightlyRecipe, parse_nightly
-from pipeline.plan import locate
 from pipeline.progress import duration, size
 from pipeline.stages.revalidate import revalidate
 
@@ -57,8 +57,8 @@ def examine(recipe: NightlyRecipe) -> dict[str, Any]:
     if recipe.revision is not None and Path(recipe.model).expanduser().exists():
         raise RecipeError(f"{recipe.model} is a directory here; revision goes with a Hub id")
     try:
-        model = locate(recipe.model, recipe.revision)
-    except CheckpointError as error:
+        model = download(recipe.model, recipe.revision, say)
+    except (CheckpointError, HubError) as error:
         if recipe.revision is None:
             raise
         raise CheckpointError(f"revision {recipe.revision}: {error}") from None

@@ -23,7 +23,8 @@ from pipeline.checkpoint.index import build_index
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.sums import digest_file
 from pipeline.checkpoint.writer import FileRecord, write_json, write_safetensors
-from pipeline.errors import OutputError
+from pipeline.errors import CheckpointError, OutputError
+from pipeline.hub.fetch import listed_sha256
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import tiles
 from pipeline.stages.side_files import copy_side_files
@@ -95,6 +96,11 @@ class Dequantize:
             for checked in [pool.submit(self._decodes, name) for name in stored]:
                 checked.result()
             digests = [digest.result() for digest in digesting]
+        for path, digest in zip(paths, digests, strict=True):
+            if listed_sha256(path) not in (None, digest):
+                raise CheckpointError(
+                    f"{path} is not what the Hub lists; delete {path.resolve()} and run again"
+                )
         formats: dict[str, int] = {}
         for weight in checkpoint.weights.values():
             formats[weight.format] = formats.get(weight.format, 0) + 1

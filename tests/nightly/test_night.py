@@ -276,8 +276,7 @@ def test_mistakes_are_one_line(place, cli, monkeypatch, arguments, words):
     assert answer.code == 2 and words in answer.err and answer.err.count("\n") == 1
 
 
-def test_an_unknown_hub_id_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_an_unknown_hub_id_is_one_line(hub):
     recipe = parse_nightly({"model": "org/no-such-model", "revision": "no-such"}, "here")
     with pytest.raises(UserError) as caught:
         examine(recipe)
