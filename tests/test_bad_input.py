@@ -210,7 +210,7 @@ RECIPES = {
     "no value": (["output.path="], ["output.path", "string"]),
     "unknown bits": (["requantize.bits=3"], ["requantize.bits", "4 or 8"]),
     "unknown group": (["requantize.group_size=48"], ["requantize.group_size", "32, 64, 128 or -1"]),
-    "unknown method": (["requantize.method=quip"], ["'quip'", "known: gptq"]),
+    "unknown method": (["requantize.method=quip"], ["'quip'", "known: awq, awq+gptq, gptq, rtn"]),
     "unknown modules": (
         ["requantize.modules=[experts, heads]"],
         ["'heads'", "known here: experts"],

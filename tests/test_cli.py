@@ -167,14 +167,11 @@ def test_run(project, cli):
     *lines, device, advice = answer.err.splitlines()
     assert device == "no GPU was found: both parts ran on the CPU"
     assert "pipeline.hybrid.load" in advice and "random" in advice
-    assert [line.split("] ")[1] for line in lines] == [
-        "dequantize: check",
-        "requantize: layer 1 of 2 (linear attention)",
-        "requantize: layer 2 of 2 (full attention)",
-        "requantize: reference",
-        "shard",
-        "validate",
-    ]
+    # one line when a stage begins; more only where one takes longer than half a minute
+    begun = [line.split("] ")[1] for line in lines]
+    firsts = ["dequantize: check", "requantize: layer 1 of 2 (linear attention)", "shard"]
+    assert [line for line in begun if line in firsts] == firsts
+    assert begun[-1] == "validate"
     again = cli("run", project.write(), "--set", "validate.max_windows=2", "--json")
     assert again.code == 0
     assert json.loads(again.out) == project.report()
@@ -341,6 +338,6 @@ def test_interrupted(project, cli, monkeypatch):
 
 def test_defects_keep_their_traceback(project, cli, monkeypatch):
     """What is not the user's to mend is not dressed up as if it were."""
-    monkeypatch.setattr("pipeline.plan.prepare", lambda *_: 1 / 0)
+    monkeypatch.setattr("pipeline.run.survey", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli("plan", project.write())

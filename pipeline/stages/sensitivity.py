@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.errors import NumericalError
 from pipeline.models import Architecture
 from pipeline.models.skeleton import geometry_of
 from pipeline.quantize.precision import full_float32
@@ -65,6 +66,10 @@ class Sensitivity:
                 matrix = self._read(name) * gain
                 # What moves all experts' scores alike moves none.
                 gram += _gram(matrix - matrix.mean(dim=0) if routes else matrix)
+                if not bool(torch.isfinite(gram).all()):
+                    raise NumericalError(
+                        f"layer {layer} cannot be weighed: products of {name} hold NaN or Inf"
+                    )
             total += _unit(gram) * (ROUTER_SHARE if routes else 1)
         return total
 

@@ -209,7 +209,7 @@ def test_unknown_formats(tmp_path, dtype):
     tensors = {"w.weight": torch.ones(4, 4).to(dtype)}
     config = CONFIG | {"quantization_config": {"quant_method": "fp8"}}
     path = write_model(tmp_path, {"model.safetensors": tensors}, config)
-    refused(path, r"w\.weight is .* no weight of a known format .*fp8.*known: bnb4")
+    refused(path, r"w\.weight is .* no weight of a known format .*fp8.*known: awq, bnb4")
 
 
 def test_one_file_cut_after_its_header(tmp_path):

@@ -67,7 +67,7 @@ def test_trained_model_in_bfloat16(scheme, token_ids, tmp_path):
     first, second = exact.topk(2, dim=-1).values.unbind(-1)
     noise = (rounded.float() - exact).abs().amax()
     sure = first - second > noise
-    assert sure.float().mean() > 0.1  # else this would say nothing
+    assert int(sure.sum()) > 256  # else this would say nothing
     assert torch.equal(got.argmax(-1)[sure], exact.argmax(-1)[sure])
     print(f"ratio {ratio:.3f}, {sure.float().mean():.2f} of positions sure")
 

@@ -56,6 +56,7 @@ def test_output_directory(finished):
         "recipe.resolved.yaml",
         "report.json",
         "report.html",
+        "README.md",
     }
     assert (finished.output / "recipe.yaml").read_text() == finished.text
     assert verify_directory(finished.output) == []
