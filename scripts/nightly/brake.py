@@ -18,8 +18,9 @@ class Brake:
     for imports at that pace.  Use as a context manager.
     """
 
-    def __init__(self, job: str, share: float) -> None:
-        self._mark = f"/{job}-"
+    def __init__(self, job: str, share: float, under: Path) -> None:
+        """`under`: where the night keeps its files; other nights' jobs are left alone."""
+        self._under, self._mark = str(under), f"/{job}-"
         self._running, self._stopped = PERIOD * share, PERIOD * (1 - share)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work)
@@ -50,7 +51,7 @@ class Brake:
             except OSError:
                 continue
             asked = next((word for word in words if word.endswith(".recipe.json")), "")
-            if "pipeline.nightly.worker" in words and self._mark in asked:
+            if "pipeline.nightly.worker" in words and self._under in asked and self._mark in asked:
                 log = Path(asked.removesuffix(".recipe.json") + ".log")
                 return int(folder.name) if log.stat().st_size else None
         return None

@@ -135,7 +135,7 @@ def bad_night(place: Place) -> list[str]:
     """Live through one bad night; what was not as it must be."""
     before = place.rows()
     place.harm()
-    with Brake("slow", 1 / 3):
+    with Brake("slow", 1 / 3, place.folder):
         code, summary, refused = place.night()
     found = {job["job"]: job["outcome"] for job in summary["jobs"]}
     for job in summary["jobs"]:

@@ -96,7 +96,7 @@ def bad(place, head):
     """
     (place / "broken" / "config.json").write_text("{")
     triple_one_scale(place / "changed")
-    with Brake("slow", 1 / 20):
+    with Brake("slow", 1 / 20, place):
         return go(place, "recipes")
 
 
