@@ -191,6 +191,17 @@ def _results(report: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ("prefill, tokens/s", f"{report['prefill_tokens_per_second']:.0f}"),
         ("load time", f"{report['load_seconds']:.1f} s"),
     ]
+    reference = report.get("reference")
+    if reference:
+        low, high = reference["perplexity_ratio_interval"]
+        rows += [
+            (f"perplexity of the original, {reference['name']}", f"{reference['perplexity']:.4f}"),
+            (
+                "ratio to the original, 95 % interval",
+                f"{reference['perplexity_ratio']:.4f}, {low:.4f} to {high:.4f}",
+            ),
+            ("KL divergence from the original", f"{reference['kl_divergence']:.5f}"),
+        ]
     experts = report.get("experts") or {}
     if experts:
         rows.append(("expert matrices solved by plain rounding", str(experts["fallback"])))
