@@ -64,8 +64,6 @@ def run(
     context = _prepared(recipe, text, chosen, announce)
     with context.work:
         context.work.recover()
-        if "publish" in chosen:
-            check_wanted(recipe, context.checkpoint.path)
         wanted = fingerprint(context)  # reads the texts: nothing is forgotten for a bad one
         if fresh:
             context.work.clear()
@@ -83,6 +81,8 @@ def run(
                 announce(f"not published: {'; '.join(report['failures'])}")
             elif name not in BUILDING:
                 _execute_rest(context, name, quiet)
+                if name == "publish":
+                    announce(f"{recipe.publish.repo} on the Hub holds this model")
     return context
 
 
@@ -124,6 +124,8 @@ def _prepared(
 ) -> Context:
     """The context with whole models; those that are on the Hub only are downloaded."""
     context = prepare(recipe, text)
+    if "publish" in chosen:
+        check_wanted(recipe, context.checkpoint.path)
     absent = [
         (named, revision)
         for opened, named, revision in (

@@ -1,6 +1,6 @@
-"""Publishes the micro model a hundred times while everything goes wrong.
+"""Publishes a small model a hundred times while everything goes wrong.
 
-    .venv/bin/python scripts/bench_publish.py [--rounds 100] [--seed 0] [--json FILE]
+    .venv/bin/python scripts/bench_publish.py [--rounds 100] [--seed 0] [--model DIR]
 
 Two series, against the tests' own Hub server over real HTTP on this machine:
 
@@ -63,9 +63,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", type=Path, help="a finished one instead of the micro model")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = _convert(Path(folder))
+        model = _convert(Path(folder)) if options.model is None else Path(folder) / "model"
+        if options.model is not None:
+            shutil.copytree(options.model, model)
         size = sum(path.stat().st_size for path in model.iterdir())
         print(f"{platform.platform()}, {os.cpu_count()} CPUs; model: {size:,} bytes", flush=True)
         results = {}
@@ -152,15 +155,19 @@ def _round(hub: Any, model: Path, chance: random.Random, *, by_byte: bool) -> Ro
         hub.store.tokens[TOKEN].expired = False  # somebody logs in anew
         code = _finish(_start(command, hub.environment(TOKEN)))
         runs += 1
-    names = {path.name for path in model.iterdir()} | {".gitattributes"}
+    # Hidden files are no part of a model: .gitattributes, and what a kill left of a write.
     repo = hub.store.repos["model", "acme/micro"]
-    here = {path.name: path.read_bytes() for path in model.iterdir()}
-    there = {name: blob.data for name, blob in repo.head().items() if name != ".gitattributes"}
+    here = {path.name: path.read_bytes() for path in model.iterdir() if path.name[0] != "."}
+    there = {name: blob.data for name, blob in repo.head().items() if name[0] != "."}
+    seen = [{name for name in c.tree if name[0] != "."} for c in list(repo.commits.values())[1:]]
+    odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if odd or code:
+        print(f"exit code {code}, other on the Hub than here: {odd}", file=sys.stderr)
     return Round(
         runs=runs,
         killed=killed,
         complete=code == 0 and here == there,
-        half_seen=sum(set(c.tree) != names for c in list(repo.commits.values())[1:]),
+        half_seen=sum(names != here.keys() for names in seen),
         sent=sum(request.received for request in hub.requests),
         faults=len(hub.faults.struck),
         seconds=time.monotonic() - started,

@@ -46,9 +46,12 @@ class Wishes:
 def write_card(model: Path, wishes: Wishes = Wishes()) -> bool:
     """Write the card into a finished directory; false when an edited one is there and stays."""
     path = model / CARD_FILE
-    if path.exists() and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+    if before is not None and not is_ours(before):
         return False
-    write_bytes(path, make_card(model, wishes).encode())
+    text = make_card(model, wishes)
+    if text != before:
+        write_bytes(path, text.encode())
     return True
 
 

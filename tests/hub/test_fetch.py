@@ -90,6 +90,14 @@ def test_a_run_downloads_its_source_and_the_card_names_it(hub, files, project, c
     assert published["README.md"].data.decode() == card
 
 
+def test_what_cannot_be_published_is_not_even_downloaded(hub, files, project):
+    hub.store.seed(SOURCE, {n: d for n, d in files.items() if n != "README.md"})
+    project.change(source={"model": SOURCE}, publish={"repo": "acme/micro-gptq"})
+    with pytest.raises(HubError, match="licence"):
+        project.run()
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+
+
 def test_a_download_goes_on_after_a_fault_and_keeps_what_it_has(hub, files):
     hub.store.seed(SOURCE, files)
     hub.faults.add("status", on="GET /get/", after=1, times=99, status=500)
