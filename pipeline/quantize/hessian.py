@@ -77,6 +77,16 @@ def _add_tiles(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
         out[members] += total[: len(members)]
 
 
+def add_moment(total: Tensor | None, inputs: Tensor) -> Tensor:
+    """`total` float32 [in, in] plus the sum of x x^T over `inputs` [..., in], in place.
+
+    None: the sum alone.  In full float32, whatever the process has switched on.
+    """
+    x = inputs.reshape(-1, inputs.shape[-1]).float()
+    with full_float32():
+        return x.T @ x if total is None else total.addmm_(x.T, x)
+
+
 def effective_rank(hessians: Tensor) -> Tensor:
     """In how many directions each expert's inputs spread: float32 [E], 0 for one without tokens.
 

@@ -30,6 +30,8 @@ class Quantizer(Protocol):
     needs_hessian: bool
     folds: bool
     """Whether input channels are to be scaled for it first (`pipeline.quantize.scaling`)."""
+    weighs_outputs: bool
+    """Whether it makes use of `sensitivity`."""
 
     def quantize(
         self,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.errors import RecipeError
 from pipeline.models import Architecture
 from pipeline.models.architecture import Fold, Geometry
-from pipeline.quantize.hessian import routed_hessians
+from pipeline.quantize.hessian import add_moment, routed_hessians
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.scaling import best_scales, candidate_scales, fold_norm, scale_losses
 from pipeline.quantize.tensor import AffineScheme
@@ -193,9 +193,7 @@ class LayerFolding:
         totals: list[Tensor | None] = [None] * len(folds)
 
         def collect(index: int, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            total = totals[index]
-            totals[index] = x.T @ x if total is None else total.addmm_(x.T, x)
+            totals[index] = add_moment(totals[index], inputs[0])
 
         handles = []
         for index, fold in enumerate(folds):

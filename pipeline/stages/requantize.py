@@ -27,7 +27,7 @@ from pipeline.errors import NumericalError
 from pipeline.evaluate.reference import ReferenceBuilder
 from pipeline.evaluate.windows import Windows
 from pipeline.models.architecture import ModuleGroup
-from pipeline.quantize.hessian import rounded_out
+from pipeline.quantize.hessian import add_moment, rounded_out
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme
@@ -80,7 +80,7 @@ class Requantize:
             refinement_passes=recipe.refinement_passes,
         )
         self._corrects = recipe.error_correction and self._quantizer.needs_hessian
-        self._weighs = recipe.output_weighting and self._quantizer.needs_hessian
+        self._weighs = recipe.output_weighting and self._quantizer.weighs_outputs
         self._sensitivity: Sensitivity | None = None
         self._pack = output_format(recipe).pack
         self._stream = LayerStream(context.checkpoint, context.architecture, context.device)
@@ -179,6 +179,8 @@ class Requantize:
             where = f"layer {layer}"
             check_finite(streams.evaluation, f"{where} of the source")
             check_finite(streams.calibration, where)
+            if streams.target is not None:
+                check_finite(streams.target, f"{where} of the source")
             due = self._policy.due(streams.nbytes, self._writer.bytes_per_second)
             snapshot = streams.snapshot() if due else None
         except BaseException:
@@ -230,9 +232,8 @@ class Requantize:
 
         def collect(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             nonlocal total, tokens
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            total = x.T @ x if total is None else total.addmm_(x.T, x)
-            tokens += len(x)
+            total = add_moment(total, inputs[0])
+            tokens += inputs[0].shape[:-1].numel()
 
         handle = first.register_forward_pre_hook(collect)
         try:
@@ -300,8 +301,7 @@ class Requantize:
         device = self._context.device
         common = torch.zeros(routed.inputs.shape[1], routed.inputs.shape[1], device=device)
         for part in routed.inputs.split(8192):
-            x = part.to(device).float()
-            common.addmm_(x.T, x)
+            add_moment(common, part.to(device))
         generator = torch.Generator().manual_seed(
             self._context.recipe.calibration.seed * 1_000_003 + layer
         )

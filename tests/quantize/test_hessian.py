@@ -7,6 +7,7 @@ from problems import fresh, inputs
 import pipeline.quantize.hessian as hessian_module
 from pipeline.quantize.hessian import (
     PRIOR,
+    add_moment,
     effective_rank,
     rounded_out,
     routed_hessians,
@@ -48,6 +49,25 @@ def test_batches_of_tokens_and_weights_add_up():
         assert routed_hessians(x, offsets, weights=weights, out=total) is total
     right = 2 * expected(x, offsets, weights)
     assert torch.allclose(total.double(), right, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_moments_add_up_in_full_float32_whatever_is_switched_on(device):
+    """Only a GPU, or a CPU whose products have a bfloat16 mode, would be off by more."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x = inputs(fresh(), 1, 384, 64)[0].view(3, 128, 64).to(device)
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
+    try:
+        cuda.fp32_precision, cpu.fp32_precision = "tf32", "bf16"
+        first = add_moment(None, x)
+        total = add_moment(first, x)
+    finally:
+        cuda.fp32_precision, cpu.fp32_precision = before
+    assert total is first
+    right = 2 * torch.einsum("sti,stj->ij", x.double(), x.double())
+    assert float((total.double() - right).norm() / right.norm()) < 1e-6
 
 
 def test_an_expert_does_not_depend_on_its_neighbours():

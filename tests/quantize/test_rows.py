@@ -75,6 +75,17 @@ def test_outputs_that_count_alike_change_nothing():
     assert torch.equal(plain.loss, weighted.loss)
 
 
+@pytest.mark.parametrize("method", list(QUANTIZERS))
+def test_quantizers_say_whether_they_weigh_outputs(method):
+    generator = fresh()
+    weight, hessian = problem(generator, 2, 48, 64)
+    quantizer, options = QUANTIZERS[method], SolverOptions()
+    plain = quantizer.quantize(weight, hessian, SCHEME, options)
+    weighted = quantizer.quantize(weight, hessian, SCHEME, options, gram(generator, 48))
+    same = torch.equal(plain.quantized.arrays["codes"], weighted.quantized.arrays["codes"])
+    assert same is not quantizer.weighs_outputs
+
+
 @pytest.mark.parametrize(
     "scheme",
     [SCHEME, AffineScheme(4, 64, False), AffineScheme(8, 32, True), AffineScheme(4, -1, True)],

@@ -24,6 +24,7 @@ class Awq:
     name = "awq"
     needs_hessian = True
     folds = True
+    weighs_outputs = False
 
     def quantize(
         self,

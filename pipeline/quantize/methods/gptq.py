@@ -25,6 +25,7 @@ class Gptq:
     name = "gptq"
     needs_hessian = True
     folds = False
+    weighs_outputs = True
 
     def quantize(
         self,

@@ -20,6 +20,7 @@ class RoundToNearest:
     name = "rtn"
     needs_hessian = False
     folds = False
+    weighs_outputs = False
 
     def quantize(
         self,
