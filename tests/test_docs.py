@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.recipe import parse_recipe
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -38,6 +40,34 @@ def test_commands_of_the_pages_exist(line, cli):
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     known = cli(words[1], "--help").out
     assert all(f"{option} " in known or f"{option}\n" in known for option in options), line
+
+
+def keys(section: dict, prefix: str = "") -> dict:
+    """Every key of a resolved recipe by its dotted name."""
+    found = {}
+    for name, value in section.items():
+        if isinstance(value, dict):
+            found |= keys(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def test_every_key_of_a_recipe_is_documented_with_its_default():
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (.*?) \| .+ \|$", page, re.MULTILINE)
+    needed = {"source": {"model": "m"}, "output": {"path": "o"}}
+    known = keys(parse_recipe(needed, "needed").resolved())
+    assert [name for name, _ in rows] == list(known)
+    given: dict = {}
+    for name, default in rows:
+        *sections, last = name.split(".")
+        node = given
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = yaml.safe_load(default)
+    written = keys(parse_recipe(given, "documented").resolved())
+    assert written == known | {"source.model": "required", "output.path": "required"}
 
 
 def test_recipes_named_in_the_pages_exist():
