@@ -39,7 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Convert bitsandbytes 4-bit mixture-of-experts models to GPTQ and run them hybrid.",
+    help="Convert bitsandbytes 4-bit mixture-of-experts models to GPTQ or AWQ and run them hybrid.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as recipes/demo.yaml")]

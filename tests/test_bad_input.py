@@ -208,6 +208,7 @@ RECIPES = {
     "a negative size": (["limits.device_memory=-1"], ["limits.device_memory", "10GiB"]),
     "a value for a section": (["limits=3"], ["limits", "section"]),
     "no value": (["output.path="], ["output.path", "string"]),
+    "a revision of a directory": (["source.revision=v2"], ["is a directory", "no revision v2"]),
     "unknown bits": (["requantize.bits=3"], ["requantize.bits", "4 or 8"]),
     "unknown group": (["requantize.group_size=48"], ["requantize.group_size", "32, 64, 128 or -1"]),
     "unknown method": (["requantize.method=quip"], ["'quip'", "known: awq, awq+gptq, gptq, rtn"]),

@@ -51,6 +51,11 @@ def find(model: str, revision: str | None = None) -> Path | None:
     """A model's directory, if it is on this machine: as given, or in the Hub's local cache."""
     path = Path(model).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{model} is a directory here, which has no revision {revision}; leave it out, or"
+                " give a Hub id"
+            )
         return path
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the model's directory")
