@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from pipeline.errors import RecipeError
+from pipeline.plain_yaml import parse_yaml, read_yaml
 
 MESSAGES = {
     "byte_size": "give a size such as 10GiB",
@@ -228,16 +229,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]
 
     Raises RecipeError, in one line, for what cannot be read, parsed or understood.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    data, text = read_yaml(path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no recipe: the top level must be a mapping of sections")
     for override in overrides:
@@ -273,7 +265,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise RecipeError(f"--set {override}: {parent} is not a section")
     try:
-        node[last] = yaml.safe_load(value)
+        node[last] = parse_yaml(value)
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: the value is not YAML") from None
 

@@ -7,13 +7,13 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from pipeline import __version__
+from pipeline.checkpoint.untrusted import expanded
 from pipeline.device_errors import device_errors, limited
 from pipeline.errors import CheckpointError, OutputError, RecipeError
 from pipeline.evaluate.speed import reset_peaks
@@ -133,7 +133,7 @@ def _prepared(
             (context.original, recipe.source.reference, None),
         )
         if opened is not None and opened.headers_only
-        if named is not None and not Path(named).expanduser().is_dir()
+        if named is not None and not expanded(named).is_dir()
     ]
     if absent:
         plan(context, chosen)  # refuses what cannot be done before anything is downloaded

@@ -14,9 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
 from pipeline.checkpoint.output import ModuleRules
+from pipeline.checkpoint.untrusted import shown
 from pipeline.errors import CheckpointError
 from pipeline.quantize.tensor import AffineScheme
+
+RULE_SECONDS = 1.0
+"""For one rule and one name; sane ones take microseconds."""
 
 
 def quantization_config(scheme: AffineScheme, rules: ModuleRules, version: str) -> dict[str, Any]:
@@ -83,6 +89,25 @@ class ModuleSettings:
     """The rule by which it is left dense."""
 
 
+def _matches(rule: str, module: str) -> bool:
+    """Whether a dynamic rule means a module; it is a stranger's expression, so with a time limit.
+
+    Raises CheckpointError for one that is no expression, or takes longer than any sane one.
+    """
+    try:
+        expression = rule.removeprefix("-:").removeprefix("+:")
+        return regex.match(expression, module, timeout=RULE_SECONDS) is not None
+    except regex.error as error:
+        raise CheckpointError(
+            f"config.json: dynamic rule {shown(rule)!r} is not a regular expression"
+            f" ({shown(error)})"
+        ) from error
+    except TimeoutError:
+        raise CheckpointError(
+            f"config.json: dynamic rule {shown(rule)!r} takes forever to match; refused"
+        ) from None
+
+
 def settings_of(module: str, config: Mapping[str, Any]) -> ModuleSettings:
     """What `config` (a quantization_config) says of a module; what it does not say is None.
 
@@ -93,12 +118,7 @@ def settings_of(module: str, config: Mapping[str, Any]) -> ModuleSettings:
     if not isinstance(dynamic, Mapping):
         raise CheckpointError("config.json: quantization_config.dynamic is not a table of rules")
     for rule, override in dynamic.items():
-        try:
-            matches = re.match(rule.removeprefix("-:").removeprefix("+:"), module)
-        except re.error as error:
-            raise CheckpointError(
-                f"config.json: dynamic rule {rule!r} is not a regular expression ({error})"
-            ) from error
+        matches = _matches(rule, module)
         if matches and rule.startswith("-:"):
             return ModuleSettings(False, because=f"the dynamic rule {rule}")
         if matches:

@@ -9,7 +9,6 @@ what is wrong, and hands out tensors, not byte ranges.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -19,10 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.stored import DTYPES, TensorEntry
+from pipeline.checkpoint.untrusted import (
+    Limits,
+    check_tensor_name,
+    is_size,
+    parse_table,
+    shown,
+)
 from pipeline.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
+MAX_TENSORS = 500_000
+"""In one file.  A shard of the largest models has a tenth of that; more would take gigabytes."""
+MAX_DIMENSIONS = 8
+LIMITS = Limits(MAX_HEADER_BYTES, 10 * MAX_TENSORS)
 
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
@@ -55,7 +65,17 @@ def read_header(path: Path, file: str) -> FileHeader:
     allowed (see `FileHeader.headers_only`).
     """
     size, text = _header_bytes(path, file)
-    table = _parse(text, file)
+    return parse_header(text, size, file)
+
+
+def parse_header(text: bytes, size: int, file: str) -> FileHeader:
+    """The header of a file of `size` bytes from the `text` between its length and its data.
+
+    Raises CheckpointError as `read_header` does.
+    """
+    if text.count(b"{") > MAX_TENSORS + 2:
+        raise _bad(file, f"its header lists more than {MAX_TENSORS:,} tensors; refused")
+    table = parse_table(text, f"{file}: its header", LIMITS)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise _bad(file, "its __metadata__ is not a table of strings")
@@ -87,35 +107,19 @@ def _header_bytes(path: Path, file: str) -> tuple[int, bytes]:
     return size, text
 
 
-def _parse(text: bytes, file: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise _bad(file, f"{twice} is listed twice in its header")
-        return table
-
-    try:
-        table = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise _bad(file, "its header is not JSON; not a safetensors file?") from error
-    if not isinstance(table, dict):
-        raise _bad(file, "its header is not a table of tensors")
-    return table
-
-
 def _entry(file: str, name: str, value: dict[str, Any], start: int) -> TensorEntry:
+    check_tensor_name(name, file)
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        whole = len(shape) <= MAX_DIMENSIONS and all(map(is_size, (*shape, begin, end)))
     except (TypeError, KeyError, ValueError) as error:
         raise _bad(file, f"{name} has no proper dtype, shape and data_offsets") from error
     if not whole or begin > end:
-        raise _bad(file, f"{name} has impossible numbers (shape {shape}, bytes {begin}:{end})")
+        numbers = f"shape {shown(shape, 60)}, bytes {shown(begin, 30)}:{shown(end, 30)}"
+        raise _bad(file, f"{name} has impossible numbers ({numbers})")
     item = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
     if item is None:
-        raise _bad(file, f"{name} has unknown dtype {dtype!r}")
+        raise _bad(file, f"{name} has unknown dtype {shown(dtype, 40)!r}")
     if math.prod(shape) * item != end - begin:
         raise _bad(
             file, f"{name} is {dtype} {shape}, {math.prod(shape) * item:,} bytes, in a range of "

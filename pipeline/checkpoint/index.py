@@ -5,18 +5,28 @@ A directory may be a Hugging Face cache snapshot, whose files are links into ../
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.checkpoint.stored import TensorEntry
+from pipeline.checkpoint.untrusted import (
+    SMALL,
+    Limits,
+    check_name,
+    parse_table,
+    read_limited,
+    shown,
+    twins,
+)
 from pipeline.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+INDEX_LIMITS = Limits(128 << 20, 2_000_000)
+"""Four times what the largest models have."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +38,13 @@ class Layout:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """A JSON table of the directory; CheckpointError when missing, not JSON or not a table."""
+    """A JSON table of the directory; CheckpointError when missing, absurd, not JSON or no table."""
+    limits = INDEX_LIMITS if name == INDEX_NAME else SMALL
     try:
-        text = resolve_inside(directory, name).read_text(encoding="utf-8")
+        data = read_limited(resolve_inside(directory, name), name, limits)
     except OSError as error:
         raise CheckpointError(f"{directory}: {name} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{name}: not UTF-8 text") from error
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: not JSON ({error})") from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{name}: a table was expected")
-    return table
+    return parse_table(data, name, limits)
 
 
 def read_layout(directory: Path) -> Layout:
@@ -52,21 +55,32 @@ def read_layout(directory: Path) -> Layout:
     """
     if (directory / INDEX_NAME).exists():
         table = read_json(directory, INDEX_NAME).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
-        files = set()
-        for tensor, file in table.items():
-            if not isinstance(file, str):
-                raise CheckpointError(f"{INDEX_NAME}: {tensor} is mapped to no file name")
-            files.add(file)
-        for file in sorted(files):
-            _check_name(file)
+        files = listed_files(table)
+        for file in files:
             resolve_inside(directory, file)
-        return Layout(sorted(files), table)
+        return Layout(files, table)
     if (directory / SINGLE_NAME).exists():
         resolve_inside(directory, SINGLE_NAME)
         return Layout([SINGLE_NAME], None)
     raise _no_model(directory)
+
+
+def listed_files(weight_map: object) -> list[str]:
+    """The files that an index names, sorted; CheckpointError for what no index may say."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
+    files = set()
+    for tensor, file in weight_map.items():
+        check_name(tensor, INDEX_NAME)
+        if not isinstance(file, str):
+            raise CheckpointError(f"{INDEX_NAME}: {tensor} is mapped to no file name")
+        files.add(file)
+    for file in sorted(files):
+        _check_name(file)
+    pair = twins(files)
+    if pair is not None:
+        raise CheckpointError(f"{INDEX_NAME}: {pair[0]} and {pair[1]} differ in case only; refused")
+    return sorted(files)
 
 
 def resolve_inside(directory: Path, file: str) -> Path:
@@ -75,11 +89,9 @@ def resolve_inside(directory: Path, file: str) -> Path:
     Raises CheckpointError when it is missing or leads outside the directory; a link may lead into
     the blobs of the same Hugging Face cache folder (`models--org--name`), nowhere else.
     """
-    relative = PurePosixPath(file)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in file or "\0" in file:
-        raise CheckpointError(f"{file}: lies outside the model directory; refused")
+    _check_inside(file)
     try:
-        real = (directory / relative).resolve(strict=True)
+        real = (directory / PurePosixPath(file)).resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{file}: not in {directory}; download the model again, completely"
@@ -91,6 +103,8 @@ def resolve_inside(directory: Path, file: str) -> Path:
             allowed.append(parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(f"{file}: a link to {real}, outside the model directory; refused")
+    if not real.is_file():  # a pipe would be waited for, a device never end
+        raise CheckpointError(f"{file}: not a regular file; refused")
     return real
 
 
@@ -124,8 +138,16 @@ def build_index(files: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     }
 
 
+def _check_inside(file: str) -> None:
+    check_name(file, "a file's name")
+    relative = PurePosixPath(file)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise CheckpointError(f"{shown(file)}: lies outside the model directory; refused")
+
+
 def _check_name(file: str) -> None:
-    if file.endswith(PICKLES):
+    _check_inside(file)
+    if file.lower().endswith(PICKLES):
         raise CheckpointError(
             f"{file}: a pickle can run code when read; convert the model to safetensors first"
         )
@@ -137,7 +159,9 @@ def _no_model(directory: Path) -> CheckpointError:
     if not directory.is_dir():
         return CheckpointError(f"{directory}: not a directory")
     names = sorted(path.name for path in directory.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLES) and "model" in name]
+    pickles = [
+        shown(name) for name in names if name.lower().endswith(PICKLES) and "model" in name.lower()
+    ]
     if pickles:
         return CheckpointError(
             f"{pickles[0]}: a pickle can run code when read; convert the model to safetensors first"

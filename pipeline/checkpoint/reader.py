@@ -26,11 +26,16 @@ from pipeline.checkpoint.stored import (
     TensorEntry,
 )
 from pipeline.checkpoint.summary import Summary, summarise
+from pipeline.checkpoint.untrusted import twins
 from pipeline.errors import CheckpointError
 from pipeline.quantize.tensor import QuantizedTensor
 
 LEGACY_CONFIG = "quantize_config.json"
 """Where AutoGPTQ kept what now stands in config.json's quantization_config."""
+MAX_TENSORS = 2_000_000
+"""In a directory; the largest models have a quarter of that."""
+CONFIGS_WITH_CODE = ("config.json", "tokenizer_config.json")
+"""Where a model can name Python files of its own, under `auto_map`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Checkpoint:
         with _collection_paused():
             layout = read_layout(path)
             config = _read_config(path)
-            headers = [read_header(resolve_inside(path, file), file) for file in layout.files]
+            refuse_code(path)
+            headers = _read_headers(path, layout.files)
             _check_completeness(headers)
             checkpoint = cls(path, config, {header.file: header for header in headers})
             if layout.weight_map is not None:
@@ -369,6 +375,44 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_code(path: Path) -> None:
+    """CheckpointError for a model that asks for Python files of its own to be run.
+
+    Nothing here would run them; but a result that still asked for it would hand that on to
+    readers who do.
+    """
+    for name in CONFIGS_WITH_CODE:
+        if (path / name).exists() and _asks_for_code(read_json(path, name)):
+            raise CheckpointError(
+                f"{name}: asks for code of its own to be run (auto_map); no code of a model is"
+                " ever run here, refused"
+            )
+
+
+def _asks_for_code(table: Any) -> bool:  # noqa: ANN401  (any JSON)
+    todo = [table]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            if value.get("auto_map"):
+                return True
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
+    return False
+
+
+def _read_headers(path: Path, files: Sequence[str]) -> list[FileHeader]:
+    headers: list[FileHeader] = []
+    count = 0
+    for file in files:
+        headers.append(read_header(resolve_inside(path, file), file))
+        count += len(headers[-1].entries)
+        if count > MAX_TENSORS:
+            raise CheckpointError(f"{path}: more than {MAX_TENSORS:,} tensors; refused")
+    return headers
+
+
 def _check_completeness(headers: Sequence[FileHeader]) -> None:
     """Either every file has its data or none has."""
     empty = [header.file for header in headers if header.headers_only]
@@ -389,4 +433,8 @@ def _merge(headers: Iterable[FileHeader]) -> dict[str, TensorEntry]:
                     f"{entry.file}: {entry.name} is in {other.file} too; the files are not of one "
                     "model"
                 )
+    pair = twins(entries)
+    if pair is not None:
+        file = entries[pair[1]].file
+        raise CheckpointError(f"{file}: {pair[0]} and {pair[1]} differ in case only; refused")
     return entries

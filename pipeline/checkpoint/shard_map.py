@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 from pipeline.checkpoint.index import read_json
 from pipeline.checkpoint.split import FileClass
+from pipeline.checkpoint.untrusted import check_name, is_size, shown
 from pipeline.errors import CheckpointError
 
 MAP_NAME = "shard_map.json"
 SCHEMA_VERSION = 1
 GIB = 1 << 30
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 GPU_GIB = (8, 10, 16, 24, 48, 80)
 
 
@@ -157,14 +160,39 @@ def build_shard_map(
 
 def read_shard_map(directory: Path) -> dict[str, Any]:
     """shard_map.json as written; CheckpointError when missing or of another schema version."""
-    table = read_json(directory, MAP_NAME)
+    return check_version(read_json(directory, MAP_NAME))
+
+
+def check_version(table: dict[str, Any]) -> dict[str, Any]:
+    """The table itself; CheckpointError for one of another schema version."""
     version = table.get("schema_version")
     if version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{MAP_NAME}: schema version {version}, this program reads {SCHEMA_VERSION}; "
-            "run `requant shard` again"
+            f"{MAP_NAME}: schema version {shown(version, 30)}, this program reads"
+            f" {SCHEMA_VERSION}; run `requant shard` again"
         )
     return table
+
+
+def mapped_files(table: Mapping[str, Any]) -> dict[str, MappedFile]:
+    """The files of a shard map by name; CheckpointError for an entry that makes no sense."""
+    files = table.get("files")
+    if not isinstance(files, list):
+        raise CheckpointError(f"{MAP_NAME}: has no list of files")
+    found: dict[str, MappedFile] = {}
+    for file in files:
+        if not isinstance(file, dict) or not isinstance(file.get("name"), str):
+            raise CheckpointError(f"{MAP_NAME}: lists a file without a name")
+        name, kind, layer = file["name"], file.get("class"), file.get("layer")
+        check_name(name, MAP_NAME)
+        digest = file.get("sha256")
+        known = (layer is None or is_size(layer)) and is_size(file.get("bytes"))
+        if kind not in ("nonexpert", "experts") or not known or name in found:
+            raise CheckpointError(f"{MAP_NAME}: {name} has no proper class, layer and bytes")
+        if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+            raise CheckpointError(f"{MAP_NAME}: {name} has a sha256 that is none")
+        found[name] = MappedFile(name, kind, layer, file["bytes"], digest)
+    return found
 
 
 def _file(file: MappedFile) -> dict[str, Any]:

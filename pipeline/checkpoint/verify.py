@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pipeline.checkpoint.index import INDEX_NAME, read_json
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.reader import Checkpoint
-from pipeline.checkpoint.shard_map import MAP_NAME, read_shard_map
+from pipeline.checkpoint.shard_map import MAP_NAME, MappedFile, mapped_files, read_shard_map
 from pipeline.checkpoint.sums import SUMS_NAME, check_sums
 from pipeline.errors import CheckpointError
 
@@ -86,9 +86,8 @@ def _map_problems(checkpoint: Checkpoint) -> list[Problem]:
     if not (checkpoint.path / MAP_NAME).exists():
         return []
     try:
-        files = read_shard_map(checkpoint.path)["files"]
-        listed = {file["name"]: file for file in files}
-    except (CheckpointError, KeyError, TypeError) as error:
+        listed = mapped_files(read_shard_map(checkpoint.path))
+    except CheckpointError as error:
         return [Problem(MAP_NAME, f"cannot be read ({error})")]
     problems = [
         Problem(MAP_NAME, f"{name} is listed in one of it and the index, not in both")
@@ -99,18 +98,18 @@ def _map_problems(checkpoint: Checkpoint) -> list[Problem]:
     return problems
 
 
-def _mapped_file(checkpoint: Checkpoint, name: str, file: Mapping[str, Any]) -> list[Problem]:
+def _mapped_file(checkpoint: Checkpoint, name: str, file: MappedFile) -> list[Problem]:
     header = checkpoint.headers[name]
     problems = []
-    if not header.headers_only and file.get("bytes") != header.size:
+    if not header.headers_only and file.nbytes != header.size:
         problems.append(
-            Problem(MAP_NAME, f"{name} is said to be {file.get('bytes')} bytes, not {header.size}")
+            Problem(MAP_NAME, f"{name} is said to be {file.nbytes} bytes, not {header.size}")
         )
     for entry in header.entries:
         expert = expert_of(entry.name)
         layer = None if expert is None else expert.layer
         kind = "nonexpert" if expert is None else "experts"
-        if (file.get("class"), file.get("layer")) != (kind, layer):
+        if (file.kind, file.layer) != (kind, layer):
             problems.append(
                 Problem(name, f"of class {kind}, layer {layer}, against {MAP_NAME}", entry.name)
             )

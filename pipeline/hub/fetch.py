@@ -27,6 +27,7 @@ from pipeline.checkpoint.header import MAX_HEADER_BYTES
 from pipeline.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json, read_layout
 from pipeline.checkpoint.reader import LEGACY_CONFIG
 from pipeline.checkpoint.sums import digest_file
+from pipeline.checkpoint.untrusted import expanded
 from pipeline.errors import CheckpointError, HubError, ResourceError
 from pipeline.hub.client import (
     Announce,
@@ -49,7 +50,7 @@ THREADS = 8
 
 def find(model: str, revision: str | None = None) -> Path | None:
     """A model's directory, if it is on this machine: as given, or in the Hub's local cache."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+
+from pipeline.plain_yaml import MAX_BYTES, parse_yaml
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Keys of a source's card that hold for what is made of it."""
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 """How the Hub spells licences: apache-2.0, llama3.1, other."""
+
+LONGEST = 300
+MOST_LANGUAGES = 200
+_FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+"""A card's metadata, between its first two lines of dashes."""
 
 
 def snapshot_of(directory: Path) -> tuple[str, str] | None:
@@ -33,17 +39,24 @@ def origin(directory: Path, named: str) -> dict[str, Any]:
     if snapshot is not None:
         found |= {"model": snapshot[0], "commit": snapshot[1]}
     card = card_data(directory / "README.md")
-    found |= {key: card[key] for key in KEPT if card.get(key)}
-    if not isinstance(found.get("license"), str):
-        found.pop("license", None)
+    found |= {key: card[key] for key in KEPT if _is_text(card.get(key))}
+    language = card.get("language")
+    if isinstance(language, list) and language and all(map(_is_text, language[:MOST_LANGUAGES])):
+        found["language"] = language[:MOST_LANGUAGES]
     return found
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a word or a line, as a card's metadata hold: a stranger wrote them."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable()
 
 
 def card_data(path: Path) -> dict[str, Any]:
     """The metadata of a card; empty where there is none that can be read."""
     try:
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        data: dict[str, Any] = card.data.to_dict()
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        with path.open(encoding="utf-8") as stream:
+            match = _FRONT.match(stream.read(MAX_BYTES))
+        data = parse_yaml(match[1]) if match else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return data
+    return data if isinstance(data, dict) else {}

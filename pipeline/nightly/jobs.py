@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.checkpoint.untrusted import expanded
 from pipeline.errors import RecipeError, UserError
 from pipeline.nightly.recipe import Bounds, NightlyRecipe, load_nightly, read_mapping
 from pipeline.recipe import parse_recipe
@@ -31,7 +32,7 @@ class NightlyJob:
 def collect(targets: Sequence[str], roots: Sequence[Path]) -> tuple[NightlyJob, ...]:
     """Jobs of recipes, directories of recipes, models and Hub ids, in the order given.
 
-    Paths that a nightly recipe names must lie below one of `roots`: a night runs unattended over
+    Paths that a recipe names must lie below one of `roots`: a night runs unattended over
     files that others may have put there.  Raises UserError for a target that is nothing of the
     kind, for a directory without recipes, and for two jobs of one name.
     """
@@ -43,7 +44,7 @@ def collect(targets: Sequence[str], roots: Sequence[Path]) -> tuple[NightlyJob, 
 
 
 def _jobs(target: str, roots: Sequence[Path]) -> Iterator[NightlyJob]:
-    path = Path(target).expanduser()
+    path = expanded(target)
     if path.is_dir() and not (path / "config.json").is_file():
         recipes = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if not recipes:
@@ -71,7 +72,6 @@ def _from_recipe(path: Path, roots: Sequence[Path]) -> NightlyJob:
         data = read_mapping(path)
         if "output" not in data:
             recipe = load_nightly(path)
-            _check_roots(recipe, path, roots)
         else:
             made = parse_recipe(data, str(path))
             recipe = NightlyRecipe(
@@ -80,6 +80,7 @@ def _from_recipe(path: Path, roots: Sequence[Path]) -> NightlyJob:
                 threads=made.limits.threads,
                 thresholds=Bounds(**made.validate_.thresholds.model_dump()),
             )
+        _check_roots(recipe, path, roots)
     except UserError as error:
         return NightlyJob(_name(path.stem), None, str(error))
     return NightlyJob(_name(path.stem), recipe)
@@ -91,7 +92,7 @@ def _check_roots(recipe: NightlyRecipe, where: Path, roots: Sequence[Path]) -> N
         value: str | None = getattr(recipe, key)
         if value is None:
             continue
-        path = Path(value).expanduser()
+        path = expanded(value)
         if key == "model" and not path.exists() and HUB_ID.fullmatch(value):
             continue  # not a path but a Hub id
         if not any(path.resolve().is_relative_to(root) for root in resolved):

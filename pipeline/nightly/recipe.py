@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ByteSize, Field, ValidationError
 
 from pipeline.errors import RecipeError
+from pipeline.plain_yaml import read_yaml
 from pipeline.recipe import Section, Size, first_error
 
 
@@ -68,12 +68,7 @@ def load_nightly(path: Path) -> NightlyRecipe:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file whose top level is a mapping; RecipeError for anything else."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    data, _ = read_yaml(path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no recipe: the top level must be a mapping of keys")
     return data

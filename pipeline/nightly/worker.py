@@ -21,6 +21,7 @@ import numpy
 import torch
 
 from pipeline.checkpoint.sums import SUMS_NAME, digest_file
+from pipeline.checkpoint.untrusted import expanded
 from pipeline.checkpoint.verify import verify_directory
 from pipeline.errors import CheckpointError, HubError, RecipeError, UserError
 from pipeline.hub.fetch import download
@@ -54,7 +55,7 @@ def examine(recipe: NightlyRecipe) -> dict[str, Any]:
     random.seed(recipe.seed)
     numpy.random.seed(recipe.seed % 2**32)  # numpy's own limit
     torch.manual_seed(recipe.seed)
-    if recipe.revision is not None and Path(recipe.model).expanduser().exists():
+    if recipe.revision is not None and expanded(recipe.model).exists():
         raise RecipeError(f"{recipe.model} is a directory here; revision goes with a Hub id")
     try:
         model = download(recipe.model, recipe.revision, say)

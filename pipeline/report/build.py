@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.untrusted import parse_table
+from pipeline.errors import CheckpointError
 from pipeline.evaluate.metrics import Comparison, paired_bootstrap
 from pipeline.evaluate.speed import Speed
 
@@ -144,7 +146,7 @@ def existing_report(model: Path) -> dict[str, Any] | None:
     """The report beside a model, if there is one with a digest that fits."""
     path = model / REPORT_FILE
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
+        report = parse_table(path.read_bytes(), REPORT_FILE)
         return report if with_digest(report) == report else None
-    except (OSError, ValueError, AttributeError):  # AttributeError: JSON, but no table
+    except (OSError, CheckpointError):
         return None

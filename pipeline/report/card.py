@@ -8,7 +8,6 @@ whenever there is something new to say; an edited one is left alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pipeline import __version__
 from pipeline.checkpoint.index import read_json
 from pipeline.checkpoint.writer import write_bytes
 from pipeline.errors import CheckpointError
+from pipeline.plain_yaml import parse_yaml
 from pipeline.report.build import existing_report
 
 CARD_FILE = "README.md"
@@ -139,9 +139,10 @@ def _fenced(path: Path) -> str | None:
 def _table(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    if path.suffix == ".json":
+        return read_json(path.parent, path.name)
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        found = parse_yaml(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     return found if isinstance(found, dict) else {}

@@ -6,13 +6,13 @@ everything else in them is ignored.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.checkpoint.index import read_json
 from pipeline.errors import CheckpointError
 from pipeline.report.build import REPORT_FILE, existing_report
 
@@ -156,12 +156,4 @@ def read_record(model: Path) -> Record:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON table, empty where the file is missing; CheckpointError where it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path} holds no table")
-    return table
+    return read_json(path.parent, path.name) if path.is_file() else {}

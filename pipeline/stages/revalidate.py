@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pipeline.calibration import load_tokenizer, read_text, tokenize
 from pipeline.checkpoint.reader import Checkpoint
@@ -17,6 +16,7 @@ from pipeline.errors import CalibrationError, CheckpointError, RecipeError
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.windows import Windows, sliding_windows
 from pipeline.models.skeleton import architecture_of
+from pipeline.plain_yaml import read_yaml
 from pipeline.progress import announce_rarely
 from pipeline.recipe import Recipe, Thresholds, Validate, parse_recipe
 from pipeline.report.build import REPORT_FILE, existing_report
@@ -77,7 +77,8 @@ def _recipe(model: Path) -> Recipe | None:
     path = model / "recipe.resolved.yaml"
     if not path.is_file():
         return None
-    return parse_recipe(yaml.safe_load(path.read_text()), str(path))
+    data, _ = read_yaml(path)
+    return parse_recipe(data, str(path))
 
 
 def _thresholds(model: Path, recipe: Recipe | None) -> Mapping[str, float | None]:

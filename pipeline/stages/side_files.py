@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from pipeline.checkpoint.index import resolve_inside
+
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -24,10 +26,14 @@ SIDE_FILES = (
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy those that exist, contents only (normal permissions); returns their names."""
+    """Copy those that exist, contents only (normal permissions); returns their names.
+
+    Raises CheckpointError for one that is a link to elsewhere: a result would carry off a file
+    of the user's.
+    """
     copied = []
     for name in SIDE_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            shutil.copyfile(resolve_inside(source, name), target / name)
             copied.append(name)
     return copied

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 from pipeline import __version__, hybrid
+from pipeline.checkpoint.index import read_json
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CheckpointError, OutputError, ResourceError
@@ -221,8 +221,4 @@ def _question(model: Path, device_memory: int) -> dict[str, Any]:
 
 
 def _conversion(model: Path) -> dict[str, Any]:
-    path = model / CONVERSION
-    if not path.is_file():
-        return {}
-    data: dict[str, Any] = json.loads(path.read_text())
-    return data
+    return read_json(model, CONVERSION) if (model / CONVERSION).is_file() else {}

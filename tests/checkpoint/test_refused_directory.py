@@ -173,7 +173,7 @@ def entry(**changes):
     [
         (b"not json at all", "not JSON"),
         (b"\xff\xfe", "not JSON"),
-        (b"[1]", "not a table"),
+        (b"[1]", "a table was expected"),
         (b"[" * 100_000, "not JSON"),
         ({"a": 3}, "no proper dtype"),
         ({"a": {}}, "no proper dtype"),

@@ -177,8 +177,8 @@ def test_experts_without_tokens(model):
         (lambda m: (m / "report.json").write_text("[1]"), "holds no report.json"),
         (lambda m: change(m, kl_divergence="low"), "Report has no usable kl_divergence"),
         (lambda m: change(m, stages={"shard": {}}), "no usable stages.shard.seconds"),
-        (lambda m: (m / "conversion.json").write_text("{"), "conversion.json cannot be read"),
-        (lambda m: (m / "conversion.json").write_text("[]"), "holds no table"),
+        (lambda m: (m / "conversion.json").write_text("{"), "conversion.json: not JSON"),
+        (lambda m: (m / "conversion.json").write_text("[]"), "a table was expected"),
         (shutil.rmtree, "is not a directory"),
     ],
 )

@@ -17,7 +17,6 @@ and more.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,7 @@ from pipeline.checkpoint.stored import (
     decoding_problems,
     missing_part,
 )
+from pipeline.checkpoint.untrusted import Limits, is_size, parse_table, shown
 from pipeline.errors import CheckpointError
 
 MARK = ".quant_state."
@@ -56,6 +56,8 @@ SIDE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 SUFFIXES = tuple(f".{part}" for part in SIDE_PARTS)
 KERNEL_BLOCK = 1024
 """Larger blocks are handed to bitsandbytes as several of this size with the same scale."""
+STATE_LIMITS = Limits(4096, 64)
+"""A quant_state has some 250 bytes and ten values."""
 CALL_ELEMENTS = 1 << 30
 """bitsandbytes' CUDA kernels count elements in 32 bits."""
 
@@ -117,6 +119,11 @@ class Bnb4:
                     f"{entry.file}: {entry.name} is {entry.dtype}; "
                     f"{' or '.join(expected)} was expected"
                 )
+        if entries[mark].nbytes > STATE_LIMITS.nbytes:
+            raise CheckpointError(
+                f"{file}: {mark} has {entries[mark].nbytes:,} bytes, more than any quant_state;"
+                " refused"
+            )
         return StoredWeight(name, quant_type, parts, 2 * parts["weight"].nbytes)
 
     def state_part(self, weight: StoredWeight) -> str | None:
@@ -126,8 +133,9 @@ class Bnb4:
     def parse_state(self, weight: StoredWeight, data: bytes) -> State:
         """Checks the JSON against the sizes of the parts; CheckpointError naming the tensor."""
         entry = weight.parts["quant_state"]
+        where = f"{entry.file}: {entry.name} is malformed"
+        table = parse_table(data, where, STATE_LIMITS)
         try:
-            table = json.loads(data)
             shape, block = table["shape"], table["blocksize"]
             kind, dtype = table["quant_type"], DTYPES[table["dtype"]]
             nested_block, offset = None, 0.0
@@ -136,17 +144,15 @@ class Bnb4:
                 if table["nested_dtype"] != "float32":
                     raise ValueError("nested_dtype is not float32")
             counts = [*shape, block, 1 if nested_block is None else nested_block]
-            if not all(type(n) is int and n > 0 for n in counts) or not math.isfinite(offset):
+            if not all(is_size(n) and n > 0 for n in counts) or not math.isfinite(offset):
                 raise ValueError("impossible numbers")
             if kind != weight.format:
-                raise ValueError(f"quant_type is {kind}")
+                raise ValueError(f"quant_type is {shown(kind, 30)}")
             if block not in BLOCK_SIZES:
                 raise ValueError(f"blocksize is {block}")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = f"no proper {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(
-                f"{entry.file}: {entry.name} is malformed ({reason}); download the file again"
-            ) from error
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            reason = f"no proper {shown(error)}" if isinstance(error, KeyError) else shown(error)
+            raise CheckpointError(f"{where} ({reason}); download the file again") from error
         self._check_sizes(weight, tuple(shape), block, nested_block)
         details = Blocks(kind, block, nested_block, offset)
         return State(tuple(shape), dtype, (kind, block, nested_block), details)
