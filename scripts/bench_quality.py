@@ -8,7 +8,8 @@ through one evaluator, the streaming pass in float32, so that only the weights d
 noise of the arithmetic is as large as the effect on this model.  The peers live in environments of
 their own, made on first use by scripts/quality/make_env.sh.  Rows are kept as JSON in --folder and
 made again only when something changed that can change them, so that any part may be run alone;
---table prints what there is.
+--table prints what there is.  At the end the projects whose formats we write judge what was written
+(scripts/oracles/check_packers.py): exit code 1 where a bit differs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from quality.methods import METHODS, SOURCE
+from quality import packers
+from quality.methods import METHODS, SOURCE, slug
 from quality.rows import known_rows, make_environment, row, source_row
 from quality.table import comparisons, table, versions
 from quality.workplace import prepare
@@ -64,14 +66,15 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="page into which the tables are put as well")
     arguments = parser.parse_args()
     try:
-        bench(arguments)
+        failed = bench(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    raise SystemExit(1 if failed else 0)
 
 
-def bench(arguments: argparse.Namespace) -> None:
-    """Make what is asked for and print it."""
+def bench(arguments: argparse.Namespace) -> bool:
+    """Make what is asked for and print it; whether an oracle found our packing wrong."""
     torch.set_num_threads(arguments.threads)
     place = prepare(arguments.folder, arguments.samples, arguments.windows)
     names, groups = arguments.rows, arguments.groups
@@ -87,13 +90,24 @@ def bench(arguments: argparse.Namespace) -> None:
         ]
     made = {(found["method"], found["group"]) for found in rows}
     missing = [f"{name} ({g})" for g in groups for name in names if (name, g) not in made]
-    parts = [table(rows, source_row(place)), comparisons(rows), versions(rows)]
+    if arguments.table:
+        packing = packers.known(place.folder)
+    else:
+        packing = packers.check(place.folder, packed_by_us(place.folder))
+    parts = [table(rows, source_row(place)), comparisons(rows), versions(rows), packing.text]
     if missing:
         parts.append(f"Not made yet: {', '.join(missing)}.")
     said = "\n\n".join(parts)
     print(said)
     if arguments.docs:
         insert(arguments.docs, said)
+    return packing.failed
+
+
+def packed_by_us(folder: Path) -> list[Path]:
+    """Results of ours in both formats, as far as they are made, whatever rows are asked for."""
+    names = [slug(name, group) for name in ("ours gptq", "ours awq") for group in (128, 32)]
+    return [path for path in (folder / "models" / name for name in names) if path.is_dir()]
 
 
 def insert(page: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_quality import BEGIN, END, chosen, insert
+from bench_quality import BEGIN, END, chosen, insert, packed_by_us
+from quality import packers
 from quality.compressed_tensors import to_dense
 from quality.mended import mend
 from quality.methods import METHODS, slug
-from quality.rows import reading_error, rewritten, run_measured
+from quality.rows import code_version, digest, reading_error, rewritten, run_measured, tree
 from quality.table import comparisons, difference, recovered, table
 from safetensors.torch import save_file
 
+from pipeline import __version__
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import OutputError
 
@@ -225,3 +228,40 @@ def test_tables_go_between_the_marks_of_a_page(tmp_path):
     with pytest.raises(OutputError, match="to put the tables into"):
         insert(page, "new")
     assert page.read_text() == "no marks"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A checkout with a package that nothing has installed; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipeline", "scripts/oracles"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "code.py").write_text("1\n")
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], check=True)
+    return tmp_path
+
+
+def test_our_version_is_the_codes_own_and_tells_of_changes(repository):
+    clean = code_version()
+    assert clean.startswith(f"requant {__version__}, pipeline/ of ")
+    (repository / "pipeline" / "code.py").write_text("2\n")
+    assert code_version() == f"{clean} and changes since"
+
+
+def test_what_the_packers_oracles_said_is_kept_until_something_changes(repository):
+    """The oracles themselves need environments of their own: here only what is kept of them."""
+    assert "not been checked" in packers.known(repository).text
+    result = repository / "models" / slug("ours awq", 32)
+    result.mkdir(parents=True)
+    (result / "SHA256SUMS").write_text("0  model.safetensors\n")
+    (repository / "models" / slug("rounding", 32)).mkdir()
+    assert packed_by_us(repository) == [result]
+    made_from = digest(tree("pipeline"), tree("scripts/oracles"), "0  model.safetensors\n")
+    record = {"made_from": made_from, "output": "one\ntwo", "failed": True, "by": "requant 7"}
+    (repository / packers.RECORD).write_text(json.dumps(record))
+    said = packers.check(repository, [result])
+    assert said.failed
+    assert "requant 7" in said.text
+    assert said.text.endswith("\n\n    one\n    two")

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pipeline import __version__
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CheckpointError, OutputError, UserError
@@ -51,12 +51,12 @@ def row(method: Method, group: int, place: Workplace, threads: int, again: bool)
     name = slug(method.name, group)
     path = place.folder / "rows" / f"{name}.json"
     made_by = _made_by(method, group, place, threads)
-    read_by = _digest(made_by, place.read_by, _tree("pipeline/evaluate"))
-    known = _read_json(path)
+    read_by = digest(made_by, place.read_by, tree("pipeline/evaluate"))
+    known = read_json(path)
     if known.get("read_by") == read_by and not again:
         return known
     output = place.folder / "models" / name
-    known = {} if again else _read_json(output.with_name(output.name + ".json"))
+    known = {} if again else read_json(output.with_name(output.name + ".json"))
     if known.get("made_by") == made_by:
         made = known
     else:
@@ -100,7 +100,7 @@ def known_rows(
 ) -> list[dict[str, Any]]:
     """Rows that were made, whatever has changed since."""
     paths = [place.folder / "rows" / f"{slug(n, g)}.json" for g in groups for n in names]
-    return [_read_json(path) for path in paths if path.is_file()]
+    return [read_json(path) for path in paths if path.is_file()]
 
 
 def source_row(place: Workplace) -> dict[str, Any]:
@@ -235,24 +235,26 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
 def _made_by(method: Method, group: int, place: Workplace, threads: int) -> str:
     """Everything that can change a conversion: the start, who does it, in which version, how."""
     if method.mends is not None:
-        base = _read_json(place.folder / "models" / f"{slug(method.mends, group)}.json")
+        base = read_json(place.folder / "models" / f"{slug(method.mends, group)}.json")
         if base.get("error", "missing") is not None:
             raise OutputError(f"{method.name}: make the row {method.mends!r} first")
         maker = base["made_by"] + (SCRIPTS / "quality" / "mended.py").read_text()
     elif method.peer is None:
-        maker = _tree("pipeline")
+        maker = tree("pipeline")
     else:
         maker = (environment_of(method) / "versions.txt").read_text()
         maker += (SCRIPTS / "quality" / "peers" / f"{method.peer}.py").read_text()
     settings = str(sorted(method.settings.items()))
-    return _digest(place.made_from, method.name, settings, str(group), maker, str(threads))
+    return digest(place.made_from, method.name, settings, str(group), maker, str(threads))
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """sha256 of some texts."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no file."""
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
@@ -280,9 +282,7 @@ def make_environment(method: Method) -> None:
 def peer_version(method: Method) -> str:
     """The peer's version, as its environment has it; ours: the package's and its git tree."""
     if method.package is None:
-        changed = " and changes since" if _git("diff", "HEAD", "--", "pipeline") else ""
-        commit = _git("log", "-1", "--format=%h", "--", "pipeline")
-        return f"requant {version('requant')}, pipeline/ of {commit}{changed}"
+        return code_version()
     wanted = method.package.replace("-", "_").lower()
     for line in (environment_of(method) / "versions.txt").read_text().splitlines():
         name, _, number = line.partition("==")
@@ -291,7 +291,14 @@ def peer_version(method: Method) -> str:
     raise CheckpointError(f"{environment_of(method)} holds no {method.package}: remove that folder")
 
 
-def _tree(folder: str) -> str:
+def code_version() -> str:
+    """Ours: the version that the code itself names, and the commit that `pipeline/` is of."""
+    changed = " and changes since" if _git("diff", "HEAD", "--", "pipeline") else ""
+    commit = _git("log", "-1", "--format=%h", "--", "pipeline")
+    return f"requant {__version__}, pipeline/ of {commit}{changed}"
+
+
+def tree(folder: str) -> str:
     """Digest of a folder as it is now: git's tree, and what is changed since."""
     changed = _git("diff", "HEAD", "--", folder)
     return _git("rev-parse", f"HEAD:{folder}") + (
