@@ -22,7 +22,7 @@ import torch
 from quality import packers
 from quality.methods import METHODS, SOURCE, slug
 from quality.rows import known_rows, make_environment, row, source_row
-from quality.table import comparisons, table, versions
+from quality.table import against_rounding, comparisons, table, versions
 from quality.workplace import prepare
 
 from pipeline.errors import OutputError, UserError
@@ -94,7 +94,9 @@ def bench(arguments: argparse.Namespace) -> bool:
         packing = packers.known(place.folder)
     else:
         packing = packers.check(place.folder, packed_by_us(place.folder))
-    parts = [table(rows, source_row(place)), comparisons(rows), versions(rows), packing.text]
+    source = source_row(place)
+    parts = [table(rows, source), against_rounding(rows, source), comparisons(rows)]
+    parts += [versions(rows), packing.text]
     if missing:
         parts.append(f"Not made yet: {', '.join(missing)}.")
     said = "\n\n".join(parts)

@@ -16,7 +16,14 @@ from quality.compressed_tensors import to_dense
 from quality.mended import mend
 from quality.methods import METHODS, slug
 from quality.rows import code_version, digest, reading_error, rewritten, run_measured, tree
-from quality.table import comparisons, difference, recovered, table
+from quality.table import (
+    against_rounding,
+    comparisons,
+    difference,
+    recovered,
+    recovered_interval,
+    table,
+)
 from safetensors.torch import save_file
 
 from pipeline import __version__
@@ -203,6 +210,29 @@ def test_ours_is_compared_with_the_best_peer_of_its_kind():
     shown = table(rows, source)
     assert "| 32 | C | | failed: needs a GPU |" in shown
     assert "| 32 | ours gptq | in | 9.0000 | 1.1250 | 0.02000 | 0.9000 | 50% |" in shown
+
+
+def test_what_is_won_back_of_roundings_loss_has_an_interval():
+    generator = torch.Generator().manual_seed(1)
+    hard = torch.rand(60, generator=generator) * 20 + 10
+    source = {"texts": {"in": {"perplexity": 8.0, "windows": {"nll": hard.tolist()}}}}
+    rows = []
+    for method, lost in (("rounding", 0.4), ("ours gptq", 0.1)):
+        row = made(method, 8.0, lost)
+        noise = torch.randn(60, generator=generator) * 0.05
+        windows = {"count": [10] * 60, "kl": [lost] * 60, "nll": (hard + lost + noise).tolist()}
+        perplexity = float(torch.tensor(windows["nll"]).sum().div(600).exp())
+        row["texts"]["in"] |= {"windows": windows, "perplexity": perplexity}
+        row["texts"]["in"]["source_perplexity"] = float(hard.sum().div(600).exp())
+        rows.append(row)
+    low, high = recovered_interval(rows[1], rows[0], source, "in")
+    share = recovered(rows[1], rows[0], "in")
+    assert 0.6 < low < share < high < 0.9
+    lines = against_rounding(rows, source).splitlines()
+    assert lines[2:] == [
+        "| 32 | ours gptq | in | -0.03000 [-0.03000, -0.03000]"
+        f" | {share:.0%} [{low:.0%}, {high:.0%}] |"
+    ]
 
 
 def test_rows_have_names_of_files():

@@ -26,6 +26,7 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CheckpointError, OutputError, UserError
 from pipeline.evaluate.metrics import Comparison
+from pipeline.evaluate.reference import Reference
 from quality.compressed_tensors import to_dense
 from quality.mended import mend
 from quality.methods import Method, slug
@@ -107,8 +108,17 @@ def source_row(place: Workplace) -> dict[str, Any]:
     """The source's own line."""
     return {
         "bytes": _bytes(place.model),
-        "texts": {name: {"perplexity": r.perplexity} for name, r in place.references.items()},
+        "texts": {
+            name: {"perplexity": r.perplexity, "windows": {"nll": _window_nll(r)}}
+            for name, r in place.references.items()
+        },
     }
+
+
+def _window_nll(reference: Reference) -> list[float]:
+    """The source's negative log-likelihood, summed over each window's scored tokens."""
+    parts = reference.target.double().split(reference.windows.scored.sum(1).tolist())
+    return [-float(part.sum()) for part in parts]
 
 
 def measured(output: Path, place: Workplace) -> dict[str, Any]:
