@@ -1,0 +1,1 @@
+"""Ways to solve experts that were tried and not taken, for scripts/bench_ideas.py."""
