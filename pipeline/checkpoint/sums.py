@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.index import resolve_inside
 from pipeline.checkpoint.problem import Problem
+from pipeline.checkpoint.untrusted import SMALL, read_limited, shown
 from pipeline.checkpoint.writer import FileRecord, write_bytes
 from pipeline.errors import CheckpointError
 
@@ -26,11 +27,12 @@ UNSEALED = (
     "report.json",
     "report.html",
     "README.md",
-    "LICENSE",
 )
-"""Files that may change after the seal (cards are edited, reports renewed and self-digested)."""
+"""Files that may change after the seal; they have seals of their own (`seal.py`)."""
+ADDED = ("LICENSE",)
+"""Sealed where it is there; it may also be added to a directory later."""
 
-_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def digest_file(path: Path) -> str:
@@ -67,15 +69,19 @@ def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> FileR
 def read_sums(directory: Path) -> dict[str, str]:
     """File name -> digest; CheckpointError when SHA256SUMS is missing or has another form."""
     try:
-        lines = (directory / SUMS_NAME).read_text(encoding="utf-8").splitlines()
+        data = read_limited(resolve_inside(directory, SUMS_NAME), SUMS_NAME, SMALL)
+        # By line feeds alone: `splitlines` would pass over one that a flipped bit has changed.
+        *lines, rest = data.decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{directory}: {SUMS_NAME} cannot be read") from error
-    sums = {}
-    for number, line in enumerate(lines, 1):
+    sums: dict[str, str] = {}
+    for number, line in enumerate([*lines, *([rest] if rest else [])], 1):
         match = _LINE.fullmatch(line)
         if match is None:
             raise CheckpointError(f"{SUMS_NAME}: line {number} is not `digest  name`")
-        sums[match[2]] = match[1].lower()
+        if match[2] in sums:
+            raise CheckpointError(f"{SUMS_NAME}: lists {shown(match[2])} twice")
+        sums[match[2]] = match[1]
     return sums
 
 
@@ -100,7 +106,7 @@ def check_sums(
             progress(f"checksum of {name}")
             problems += [] if problem is None else [problem]
     if names is None:
-        extra = [name for name in sealed_files(directory) if name not in sums]
+        extra = [name for name in sealed_files(directory) if name not in (*sums, *ADDED)]
         problems += [Problem(name, f"not listed in {SUMS_NAME}") for name in extra]
     return problems
 

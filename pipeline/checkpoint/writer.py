@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.names import natural
+from pipeline.checkpoint.seal import json_bytes
 from pipeline.checkpoint.stored import DTYPE_NAMES
 from pipeline.errors import OutputError
 
@@ -109,8 +110,7 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
 
 def write_json(path: Path, table: Mapping[str, Any]) -> FileRecord:
     """Write a table as indented JSON, keys in the order given; ValueError for NaN and Inf."""
-    text = json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_bytes(path, text.encode() + b"\n")
+    return write_bytes(path, json_bytes(table))
 
 
 def write_safetensors(

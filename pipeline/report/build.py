@@ -6,8 +6,6 @@ validated again, on another machine, without becoming another model.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.seal import with_digest
 from pipeline.checkpoint.untrusted import parse_table
 from pipeline.errors import CheckpointError
 from pipeline.evaluate.metrics import Comparison, paired_bootstrap
@@ -133,13 +132,6 @@ def judge(report: Mapping[str, Any], thresholds: Mapping[str, float | None]) -> 
             side = "above" if name in UPPER else "below"
             failures.append(f"{name} {value:.4g} is {side} {bound:g}")
     return failures
-
-
-def with_digest(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report with the sha256 of its own canonical JSON under `digest`."""
-    plain = {k: v for k, v in report.items() if k != "digest"}
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
-    return {**plain, "digest": hashlib.sha256(canonical).hexdigest()}
 
 
 def existing_report(model: Path) -> dict[str, Any] | None:

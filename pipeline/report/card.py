@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline import __version__
 from pipeline.checkpoint.index import read_json
+from pipeline.checkpoint.seal import is_sealed, sealed
 from pipeline.checkpoint.writer import write_bytes
 from pipeline.errors import CheckpointError
 from pipeline.plain_yaml import parse_yaml
@@ -28,8 +29,6 @@ from pipeline.report.build import existing_report
 CARD_FILE = "README.md"
 CONVERSION_FILE = "conversion.json"
 
-_SEAL = "<!-- requant: sha256 of what stands above: {} -->\n"
-_SEALED = re.compile(r"<!-- requant: sha256 of what stands above: ([0-9a-f]{64}) -->\n\Z")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&])")
 
 
@@ -47,19 +46,12 @@ def write_card(model: Path, wishes: Wishes = Wishes()) -> bool:
     """Write the card into a finished directory; false when an edited one is there and stays."""
     path = model / CARD_FILE
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-    if before is not None and not is_ours(before):
+    if before is not None and not is_sealed(before):
         return False
     text = make_card(model, wishes)
     if text != before:
         write_bytes(path, text.encode())
     return True
-
-
-def is_ours(text: str) -> bool:
-    """Whether a card was made here and not edited since."""
-    seal = _SEALED.search(text)
-    body = text[: seal.start()] if seal else ""
-    return seal is not None and seal[1] == hashlib.sha256(body.encode()).hexdigest()
 
 
 def make_card(model: Path, wishes: Wishes = Wishes()) -> str:
@@ -98,8 +90,7 @@ def make_card(model: Path, wishes: Wishes = Wishes()) -> str:
     )
     card = ModelCard(f"---\n{_metadata(name, wishes, source, config, settings, report)}\n---\n")
     card.text = text
-    body = f"{card}".rstrip("\n") + "\n\n"
-    return body + _SEAL.format(hashlib.sha256(body.encode()).hexdigest())
+    return sealed(f"{card}".rstrip("\n") + "\n\n")
 
 
 def validation_state(model: Path) -> str | None:

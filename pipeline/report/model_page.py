@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.checkpoint.seal import sealed
 from pipeline.checkpoint.writer import write_bytes
 from pipeline.report import sections
 from pipeline.report.build import PAGE_FILE
@@ -18,7 +19,7 @@ def write_page(model: Path, to: Path | None = None) -> Path:
     cannot be written.
     """
     path = model / PAGE_FILE if to is None else to
-    write_bytes(path, model_page(read_record(model)).encode())
+    write_bytes(path, sealed(model_page(read_record(model)) + "\n").encode())
     return path
 
 

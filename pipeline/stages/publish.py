@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.sums import SUMS_NAME, UNSEALED, digest_file, read_sums
+from pipeline.checkpoint.sums import ADDED, SUMS_NAME, UNSEALED, digest_file, read_sums
 from pipeline.checkpoint.verify import verify_directory
 from pipeline.errors import CheckpointError, HubError, OutputError
 from pipeline.hub.client import check_repo, require_token
@@ -119,7 +119,7 @@ def _licence(licence: object) -> None:
 def _digests(model: Path) -> dict[str, str]:
     """sha256 of all that is published: what is sealed, the seal, and what may change after it."""
     digests = read_sums(model)
-    for name in (SUMS_NAME, *UNSEALED):
+    for name in (SUMS_NAME, *UNSEALED, *ADDED):
         if (model / name).is_file():
             digests[name] = digest_file(model / name)
     return digests

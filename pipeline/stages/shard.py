@@ -23,6 +23,7 @@ from pipeline import __version__
 from pipeline.checkpoint.header import read_header
 from pipeline.checkpoint.index import INDEX_NAME, build_index
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.checkpoint.seal import recipe_digests, with_digest
 from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, MappedFile, build_shard_map
 from pipeline.checkpoint.split import experts_file, plan_split
 from pipeline.checkpoint.sums import read_sums, sealed_files, write_sums
@@ -35,7 +36,6 @@ from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import architecture_of, geometry_of
 from pipeline.progress import size
 from pipeline.quantize.tensor import AffineScheme
-from pipeline.report.build import with_digest
 from pipeline.stages.context import Context, Job, planned
 from pipeline.stages.dequantize import CHECK_UNIT
 from pipeline.stages.formats import module_rules, output_format
@@ -173,6 +173,7 @@ class Shard:
                 "text_licences": text_licences(self._context.recipe),
                 "fingerprint": work.fingerprint(),
                 "source_files": checked.data["files"] if checked else {},
+                "recipes": recipe_digests(work.root),
                 "stages": stages,
                 "layers": sorted(layers, key=lambda data: int(data["layer"])),
             }

@@ -15,6 +15,7 @@ import transformers
 from pipeline import __version__, hybrid
 from pipeline.checkpoint.index import read_json
 from pipeline.checkpoint.names import expert_of
+from pipeline.checkpoint.seal import with_digest
 from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.evaluate.metrics import compare_each
@@ -28,7 +29,6 @@ from pipeline.report.build import (
     judge,
     measured,
     reference_figures,
-    with_digest,
 )
 from pipeline.report.card import write_card
 from pipeline.report.optional import page_beside

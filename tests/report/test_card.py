@@ -9,8 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 from support.hub.store import card_errors
 
-from pipeline.report.build import with_digest
-from pipeline.report.card import Wishes, is_ours, make_card, plain, write_card
+from pipeline.checkpoint.seal import is_sealed, with_digest
+from pipeline.report.card import Wishes, make_card, plain, write_card
 
 EVIL = "x|<script>alert(1)</script> ```\n---\n# Heading [a](http://b) {{ 7 * 7 }} `c` *d*"
 
@@ -100,9 +100,9 @@ def test_calibration_texts_and_their_licences(model):
 
 def test_an_edited_card_is_left_alone(model):
     path = model / "README.md"
-    assert is_ours(path.read_text()) and write_card(model)
+    assert is_sealed(path.read_text()) and write_card(model)
     path.write_text(path.read_text().replace("Limits", "Remarks"))
     before = path.read_bytes()
     assert not write_card(model) and path.read_bytes() == before
     path.unlink()
-    assert write_card(model) and is_ours(path.read_text())
+    assert write_card(model) and is_sealed(path.read_text())

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from support.browser import CHROMIUM, Browser
 
+from pipeline.checkpoint.seal import with_digest
 from pipeline.errors import CheckpointError, OutputError, UserError
 from pipeline.report import optional
-from pipeline.report.build import with_digest
 from pipeline.report.model_page import model_page, write_page
 from pipeline.report.optional import page_beside
 from pipeline.report.record import read_record

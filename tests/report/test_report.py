@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from pipeline.report.build import expert_figures, judge, with_digest
+from pipeline.checkpoint.seal import with_digest
+from pipeline.report.build import expert_figures, judge
 from pipeline.report.tables import coverage_table, result_table, show
 
 FIGURES = {
