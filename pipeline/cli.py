@@ -237,22 +237,27 @@ def report(
 
 @app.command()
 def verify(model: Model, as_json: Json = False) -> None:
-    """Check a finished model: checksums, index, names, shapes and packed values.
+    """Check a finished model: seals, index, names, shapes, packed values, tokenizer, records.
 
     \b
     Examples:
       requant verify out/demo
       requant verify out/demo --json
     """
-    from pipeline.checkpoint.verify import verify_directory
+    from pipeline.checkpoint.seal import edited_card
     from pipeline.progress import announce_rarely
+    from pipeline.stages.verify import verify_model
 
     if not model.is_dir():
         raise CheckpointError(f"{model} is not a directory")
-    problems = verify_directory(model, announce_rarely(_announce))
+    problems = verify_model(model, announce_rarely(_announce))
+    remark = edited_card(model)
     if as_json:
-        typer.echo(json.dumps({"ok": not problems, "problems": [str(p) for p in problems]}))
+        found = {"ok": not problems, "problems": [str(p) for p in problems]}
+        typer.echo(json.dumps(found | {"remarks": [remark] if remark else []}))
     else:
+        if remark:
+            typer.echo(remark)
         for problem in problems:
             typer.echo(str(problem))
         typer.echo(f"{model}: {'ok' if not problems else f'{len(problems)} problems'}")

@@ -25,7 +25,7 @@ from pipeline.errors import CheckpointError, RecipeError, ResourceError
 from pipeline.hub.fetch import with_headers
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
-from pipeline.models.skeleton import architecture_of, build_skeleton, geometry_of, model_config
+from pipeline.models.skeleton import architecture_of, expected_shapes, geometry_of
 from pipeline.progress import size
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.recipe import Recipe
@@ -126,7 +126,7 @@ def prepare(recipe: Recipe, text: str) -> Context:
     for source_text in calibration_sources(recipe):
         check_source(source_text)
     read_text(recipe.validate_.text)  # refuses what is missing, empty or not UTF-8
-    shapes = _expected_shapes(checkpoint, architecture, geometry)
+    shapes = expected_shapes(checkpoint, architecture, geometry)
     _check_source(checkpoint, architecture, shapes)
     _check_groups(recipe, architecture, geometry, shapes)
     if QUANTIZERS[recipe.requantize.method].folds:
@@ -168,7 +168,7 @@ def _open_reference(
     for name, value in asdict(geometry).items():
         if its[name] != value:
             raise RecipeError(f"{other}: its {name} is {its[name]}, the source's is {value}")
-    _check_source(original, architecture, _expected_shapes(original, architecture, geometry))
+    _check_source(original, architecture, expected_shapes(original, architecture, geometry))
     if (path / "tokenizer.json").is_file():
         vocabularies = [load_tokenizer(p).get_vocab() for p in (path, checkpoint.path)]
         if vocabularies[0] != vocabularies[1]:
@@ -227,41 +227,6 @@ def _check_recipe(recipe: Recipe, architecture: Architecture) -> None:
             raise RecipeError(f"requantize.modules: {name!r} is unknown; known here: {known}")
     if "experts" not in wanted.modules:
         raise RecipeError("requantize.modules must name experts: they are what runs in RAM")
-
-
-def _expected_shapes(
-    checkpoint: Checkpoint, architecture: Architecture, geometry: Geometry
-) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that the model of config.json has, by its dense name."""
-    shapes = {
-        architecture.gate: (geometry.inner, geometry.hidden),
-        architecture.up: (geometry.inner, geometry.hidden),
-        architecture.down: (geometry.hidden, geometry.inner),
-    }
-    names: dict[str, tuple[int, ...]] = {}
-    for layer in geometry.moe_layers:
-        fused = f"{architecture.layer_prefix(layer)}{architecture.experts}.gate_up_proj"
-        if fused in checkpoint.weights:
-            raise CheckpointError(
-                f"{checkpoint.path}: {fused} stacks all experts in one tensor; only checkpoints"
-                " with one tensor per expert and projection can be converted"
-            )
-        for expert in range(geometry.experts):
-            for projection, shape in shapes.items():
-                names[f"{architecture.expert_module(layer, expert, projection)}.weight"] = shape
-    skeleton = build_skeleton(model_config(checkpoint.config), torch.bfloat16)
-    experts = tuple(
-        f"{architecture.layer_prefix(i)}{architecture.experts}." for i in geometry.moe_layers
-    )
-    head = f"{architecture.head}.weight"
-    for name, parameter in skeleton.named_parameters():
-        if not name.startswith(experts):
-            names[name] = tuple(parameter.shape)
-    if checkpoint.config.get("tie_word_embeddings"):  # the head may be stored again, or not
-        names.pop(head, None)
-        if head in checkpoint.weights:
-            names[head] = names[f"{architecture.embedding}.weight"]
-    return names
 
 
 def _check_source(

@@ -73,9 +73,7 @@ def seal_problems(directory: Path) -> list[Problem]:
             except CheckpointError as error:
                 found.append(Problem(name, str(error)))
     if (directory / PAGE).exists() and not _is_sealed_file(directory, PAGE):
-        found.append(
-            Problem(PAGE, "has changed since it was made; make it again with `requant report`")
-        )
+        found.append(Problem(PAGE, "not as it was made; make it again with `requant report`"))
     return found
 
 

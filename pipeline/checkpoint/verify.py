@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from pipeline.checkpoint.index import INDEX_NAME, read_json
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.checkpoint.seal import seal_problems
 from pipeline.checkpoint.shard_map import MAP_NAME, MappedFile, mapped_files, read_shard_map
-from pipeline.checkpoint.sums import SUMS_NAME, check_sums
+from pipeline.checkpoint.sums import SUMS_NAME, check_sums, read_sums
 from pipeline.errors import CheckpointError
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -29,13 +30,15 @@ def verify_directory(
 ) -> list[Problem]:
     """All that is wrong with a model directory; an empty list when nothing is.
 
-    Checksums (where there is a SHA256SUMS), headers and index both ways, shard_map.json (where
-    there is one), config.json against the tensors, and every value: scales finite and positive,
-    zeros and groups in range, weights finite.  Reads all bytes for the sums and again what values
-    can be judged by (packed codes cannot).  A directory of headers only is checked by its headers.
+    Checksums (where there is a SHA256SUMS), the seals of files outside it, headers and index both
+    ways, shard_map.json (where there is one), config.json against the tensors, and every value:
+    scales finite and positive, zeros and groups in range, weights finite.  Reads all bytes for the
+    sums and again what values can be judged by (packed codes cannot).  A directory of headers only
+    is checked by its headers.
     `progress` is told of each file and each batch of weights.
     """
     problems = check_sums(path, progress=progress) if (path / SUMS_NAME).exists() else []
+    problems += seal_problems(path)
     try:
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:
@@ -95,7 +98,22 @@ def _map_problems(checkpoint: Checkpoint) -> list[Problem]:
     ]
     for name in sorted(listed.keys() & checkpoint.headers.keys()):
         problems += _mapped_file(checkpoint, name, listed[name])
-    return problems
+    return problems + _mapped_digests(checkpoint, listed.values())
+
+
+def _mapped_digests(checkpoint: Checkpoint, files: Iterable[MappedFile]) -> list[Problem]:
+    """Digests in the map against those in SHA256SUMS, which the files are held against."""
+    if checkpoint.headers_only or not (checkpoint.path / SUMS_NAME).exists():
+        return []
+    try:
+        sums = read_sums(checkpoint.path)
+    except CheckpointError:
+        return []  # told of by `check_sums`
+    return [
+        Problem(MAP_NAME, f"the sha256 of {file.name} is not the one in {SUMS_NAME}")
+        for file in files
+        if file.sha256 not in (None, sums.get(file.name))
+    ]
 
 
 def _mapped_file(checkpoint: Checkpoint, name: str, file: MappedFile) -> list[Problem]:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.models import ARCHITECTURES, Architecture
 from pipeline.models.architecture import Geometry
@@ -74,6 +75,44 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     except (*MALFORMED, RuntimeError) as error:
         raise _malformed(error) from error
     return model.eval().requires_grad_(False)
+
+
+def expected_shapes(
+    checkpoint: Checkpoint, architecture: Architecture, geometry: Geometry
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the model of config.json has, by its dense name.
+
+    Raises CheckpointError for experts stacked in one tensor, and for a config that makes no model.
+    """
+    shapes = {
+        architecture.gate: (geometry.inner, geometry.hidden),
+        architecture.up: (geometry.inner, geometry.hidden),
+        architecture.down: (geometry.hidden, geometry.inner),
+    }
+    names: dict[str, tuple[int, ...]] = {}
+    for layer in geometry.moe_layers:
+        fused = f"{architecture.layer_prefix(layer)}{architecture.experts}.gate_up_proj"
+        if fused in checkpoint.weights:
+            raise CheckpointError(
+                f"{checkpoint.path}: {fused} stacks all experts in one tensor; only checkpoints"
+                " with one tensor per expert and projection can be converted"
+            )
+        for expert in range(geometry.experts):
+            for projection, shape in shapes.items():
+                names[f"{architecture.expert_module(layer, expert, projection)}.weight"] = shape
+    skeleton = build_skeleton(model_config(checkpoint.config), torch.bfloat16)
+    experts = tuple(
+        f"{architecture.layer_prefix(i)}{architecture.experts}." for i in geometry.moe_layers
+    )
+    head = f"{architecture.head}.weight"
+    for name, parameter in skeleton.named_parameters():
+        if not name.startswith(experts):
+            names[name] = tuple(parameter.shape)
+    if checkpoint.config.get("tie_word_embeddings"):  # the head may be stored again, or not
+        names.pop(head, None)
+        if head in checkpoint.weights:
+            names[head] = names[f"{architecture.embedding}.weight"]
+    return names
 
 
 def _malformed(error: Exception) -> CheckpointError:

@@ -22,12 +22,12 @@ import torch
 
 from pipeline.checkpoint.sums import SUMS_NAME, digest_file
 from pipeline.checkpoint.untrusted import expanded
-from pipeline.checkpoint.verify import verify_directory
 from pipeline.errors import CheckpointError, HubError, RecipeError, UserError
 from pipeline.hub.fetch import download
 from pipeline.nightly.recipe import NightlyRecipe, parse_nightly
 from pipeline.progress import duration, size
 from pipeline.stages.revalidate import revalidate
+from pipeline.stages.verify import verify_model
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHOWN_PROBLEMS = 5
@@ -64,7 +64,7 @@ def examine(recipe: NightlyRecipe) -> dict[str, Any]:
             raise
         raise CheckpointError(f"revision {recipe.revision}: {error}") from None
     say(f"validating {model}, within {size(recipe.device_memory)} of GPU memory")
-    problems = [str(p) for p in verify_directory(model)] if recipe.verify else []
+    problems = [str(p) for p in verify_model(model)] if recipe.verify else []
     for problem in problems:
         say(problem)
     try:

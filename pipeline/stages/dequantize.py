@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline.checkpoint.index import build_index
 from pipeline.checkpoint.names import expert_of
-from pipeline.checkpoint.sums import digest_file
+from pipeline.checkpoint.seal import with_digest
+from pipeline.checkpoint.sums import digest_file, write_sums
 from pipeline.checkpoint.writer import FileRecord, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.hub.fetch import listed_sha256
@@ -115,7 +116,7 @@ class Dequantize:
         """Write one file a layer, then the index; each file is a unit that a resumed run skips."""
         context = self._context
         target = dense_directory(context)
-        made = {"schema": 1, "kind": "dequantized", "source": self._source_digests()}
+        made = with_digest({"schema": 1, "kind": "dequantized", "source": self._source_digests()})
         folder = context.work.internal / "bf16"
         previous = target.with_name(f".{target.name}.previous")
         if _read_json(target / CONVERSION) == made and not folder.exists():
@@ -124,6 +125,7 @@ class Dequantize:
             return {"path": str(target)}
         folder.mkdir(exist_ok=True)
         index: dict[str, dict[str, int]] = {}
+        digests: dict[str, str] = {}
         for layer in [*range(context.geometry.layers), None]:
             part = "outer" if layer is None else f"layer-{layer:03d}"
             name = f"model-{part}.safetensors"
@@ -141,11 +143,13 @@ class Dequantize:
                 self._elsewhere += seconds
                 marker = context.work.finish(unit, [record], seconds, {"nbytes": nbytes})
             index[name] = marker.data["nbytes"]
+            digests[name] = marker.outputs[0].sha256
         write_json(folder / "model.safetensors.index.json", build_index(index))
         config = {k: v for k, v in context.checkpoint.config.items() if k != "quantization_config"}
         write_json(folder / "config.json", config | {"dtype": "bfloat16"})
         copy_side_files(context.checkpoint.path, folder)
         write_json(folder / CONVERSION, made)
+        write_sums(folder, digests)
         if target.exists():
             shutil.rmtree(previous, ignore_errors=True)
             target.rename(previous)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.sums import ADDED, SUMS_NAME, UNSEALED, digest_file, read_sums
-from pipeline.checkpoint.verify import verify_directory
 from pipeline.errors import CheckpointError, HubError, OutputError
 from pipeline.hub.client import check_repo, require_token
 from pipeline.hub.origin import LICENCE, card_data, origin
@@ -17,6 +16,7 @@ from pipeline.progress import size
 from pipeline.recipe import Publish, Recipe
 from pipeline.report.card import CARD_FILE, Wishes, validation_state, write_card
 from pipeline.stages.context import Context, Job
+from pipeline.stages.verify import verify_model
 
 UNIT = "publish"
 
@@ -79,7 +79,7 @@ def publish_model(
             " publish it with --unvalidated"
         )
     announce("verifying every file")
-    problems = verify_directory(model)
+    problems = verify_model(model)
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise CheckpointError(f"{model} does not pass `requant verify`: {problems[0]}{more}")
