@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from pipeline import __version__
 from pipeline.errors import CheckpointError, OutputError, UserError
+from pipeline.secrets import redact_tracebacks, redacted
 
 
 class Interrupted(Exception):
@@ -380,7 +381,7 @@ def nightly(
 
 
 def _announce(line: str) -> None:
-    typer.echo(line, err=True)
+    typer.echo(redacted(line), err=True)
 
 
 def _finish(
@@ -416,12 +417,13 @@ def main() -> None:
     # Libraries' own advice (optional kernels that are not installed) says nothing a user can use.
     # transformers sets its loggers' levels anew when it is imported; this switch it leaves alone.
     logging.disable(logging.WARNING)
+    redact_tracebacks()
     # Tiles differ in size: without this, much of a GPU's memory is lost between blocks.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         app()
     except UserError as error:
-        typer.echo(f"requant: {error}", err=True)
+        typer.echo(redacted(f"requant: {error}"), err=True)
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt):
         typer.echo("requant: stopped; the same command goes on from here", err=True)

@@ -24,6 +24,7 @@ from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.hessian import HESSIAN_EXPERTS, HESSIAN_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.report.build import existing_report
+from pipeline.secrets import secrets
 from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
 from pipeline.stages.experts import CHUNK_PAIRS, TILE_EXPERTS
@@ -59,6 +60,8 @@ def run(
         raise RecipeError("--until and --only exclude each other")
     if fresh and only:
         raise RecipeError("--fresh begins with the first stage, it does not go with --only")
+    if any(secret in text for secret in secrets()):  # the text will lie in the result
+        raise RecipeError("the recipe holds a token of yours; take it out, HF_TOKEN is enough")
     use_threads(recipe.limits.threads)
     chosen = _chosen_stages(recipe, until, only)
     context = _prepared(recipe, text, chosen, announce)

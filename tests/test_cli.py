@@ -275,7 +275,11 @@ def test_validate_refuses(output, micro, cli, tmp_path):
 def test_verify(output, cli):
     answer = cli("verify", output)
     assert (answer.code, answer.out) == (0, f"{output}: ok\n")
-    assert json.loads(cli("verify", output, "--json").out) == {"ok": True, "problems": []}
+    assert json.loads(cli("verify", output, "--json").out) == {
+        "ok": True,
+        "problems": [],
+        "remarks": [],
+    }
     file = output / "model-experts-layer-001.safetensors"
     data = bytearray(file.read_bytes())
     data[header_end(data) + 1000] ^= 1

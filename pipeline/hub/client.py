@@ -32,6 +32,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from pipeline import __version__
 from pipeline.errors import HubError
+from pipeline.secrets import redacted
 
 # What huggingface_hub itself speaks through: httpx2 from version 2 on, httpx before.
 TransportError: type[Exception] = importlib.import_module(
@@ -158,7 +159,4 @@ def _short(error: BaseException) -> str:
         text = f"the Hub cannot be reached: {error or type(error).__name__}"
     else:
         text = str(error) or type(error).__name__
-    token = get_token()
-    if token:
-        text = text.replace(token, "***")
-    return re.sub(r"https?://\S+", "URL", " ".join(text.split()))[:300]
+    return re.sub(r"https?://\S+", "URL", " ".join(redacted(text).split()))[:300]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import OutputError
+from pipeline.secrets import without_secrets
 
 PROJECT = "nightly"
 FILE = f"{PROJECT}.db"
@@ -62,7 +63,8 @@ class History:
         for record in records:
             wanted[record["job"]] += 1
         # Whatever would make trackio send rows to a server, a Space or a webhook stays out.
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("TRACKIO_")}
+        environment = without_secrets(dict(os.environ))
+        environment = {k: v for k, v in environment.items() if not k.startswith("TRACKIO_")}
         environment |= {"TRACKIO_DIR": str(self.folder.resolve()), "HF_HUB_OFFLINE": "1"}
         try:
             done = subprocess.run(

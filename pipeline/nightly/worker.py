@@ -26,6 +26,7 @@ from pipeline.errors import CheckpointError, HubError, RecipeError, UserError
 from pipeline.hub.fetch import download
 from pipeline.nightly.recipe import NightlyRecipe, parse_nightly
 from pipeline.progress import duration, size
+from pipeline.secrets import redact_tracebacks, redacted
 from pipeline.stages.revalidate import revalidate
 from pipeline.stages.verify import verify_model
 
@@ -36,11 +37,12 @@ SHOWN_PROBLEMS = 5
 def main(recipe_file: Path, result_file: Path) -> None:
     """Validate what the recipe says; write the result."""
     logging.disable(logging.WARNING)  # as on the command line
+    redact_tracebacks()
     recipe = parse_nightly(json.loads(recipe_file.read_text()), str(recipe_file))
     try:
         result = examine(recipe)
     except UserError as error:
-        result = {"error": str(error)}
+        result = {"error": redacted(str(error))}
     # NaN is a figure here, one that no threshold lets pass; Python reads back what it writes.
     result_file.write_text(json.dumps(result, indent=2))
 
@@ -50,7 +52,8 @@ def examine(recipe: NightlyRecipe) -> dict[str, Any]:
     started = time.monotonic()
 
     def say(line: str) -> None:
-        print(f"[{duration(time.monotonic() - started):>7}] {line}", file=sys.stderr, flush=True)
+        line = redacted(f"[{duration(time.monotonic() - started):>7}] {line}")
+        print(line, file=sys.stderr, flush=True)
 
     random.seed(recipe.seed)
     numpy.random.seed(recipe.seed % 2**32)  # numpy's own limit

@@ -15,6 +15,7 @@ from pipeline.hub.upload import Target, publish_files
 from pipeline.progress import size
 from pipeline.recipe import Publish, Recipe
 from pipeline.report.card import CARD_FILE, Wishes, validation_state, write_card
+from pipeline.secrets import secrets
 from pipeline.stages.context import Context, Job
 from pipeline.stages.verify import verify_model
 
@@ -70,7 +71,8 @@ def publish_model(
     """
     assert wanted.repo is not None
     check_repo(wanted.repo)
-    token = None if dry_run else require_token()
+    if not dry_run:
+        require_token()
     _check_finished(model)
     state = validation_state(model)
     if state is not None and not unvalidated:
@@ -78,6 +80,7 @@ def publish_model(
             f"{model}: {state[0].lower()}{state[1:].rstrip('.')}; run `requant validate` first, or"
             " publish it with --unvalidated"
         )
+    _refuse_secrets(model)
     announce("verifying every file")
     problems = verify_model(model)
     if problems:
@@ -86,8 +89,8 @@ def publish_model(
     if not write_card(model, Wishes(wanted.repo, wanted.license)):
         announce(f"{CARD_FILE} was edited: it is published as it is; delete it for a new one")
     _licence(card_data(model / CARD_FILE).get("license"))
+    _refuse_secrets(model)
     digests = _digests(model)
-    _refuse_token(model, digests, token)
     if dry_run:
         total = sum((model / name).stat().st_size for name in digests)
         announce(f"{len(digests)} files, {size(total)}; nothing was sent")
@@ -125,10 +128,12 @@ def _digests(model: Path) -> dict[str, str]:
     return digests
 
 
-def _refuse_token(model: Path, names: dict[str, str], token: str | None) -> None:
+def _refuse_secrets(model: Path) -> None:
     """A token that somebody wrote into a recipe or a card is not to be published with it."""
-    for name in names:
-        if token and not name.endswith(".safetensors") and (
-            token.encode() in (model / name).read_bytes()
-        ):  # fmt: skip
-            raise OutputError(f"{model / name} holds your Hub token; take it out")
+    known = [secret.encode() for secret in secrets()]
+    for path in sorted(model.iterdir()):
+        if not known or path.suffix == ".safetensors" or not path.is_file():
+            continue
+        data = path.read_bytes()
+        if any(secret in data for secret in known):
+            raise OutputError(f"{path} holds your Hub token; take it out")

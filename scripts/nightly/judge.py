@@ -31,6 +31,7 @@ import yaml
 from brake import Brake
 from safetensors.torch import load_file
 
+from pipeline.checkpoint.shard_map import MAP_NAME
 from pipeline.checkpoint.sums import write_sums
 from pipeline.checkpoint.writer import write_safetensors
 from pipeline.nightly.history import History
@@ -90,6 +91,7 @@ class Place:
         for name in [n for n in tensors if n.endswith("down_proj.scales")][:2]:
             tensors[name] = tensors[name] * 3
         write_safetensors(shard, tensors)
+        (changed / MAP_NAME).unlink()  # it holds the digest of what it was
         write_sums(changed)
 
     def night(self) -> tuple[int, dict[str, Any], str]:

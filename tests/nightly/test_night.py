@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from flip_bits import renew
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from support.browser import CHROMIUM, Browser
 
-from pipeline.checkpoint.sums import write_sums
 from pipeline.checkpoint.writer import write_safetensors
 from pipeline.errors import UserError
 from pipeline.nightly import night
@@ -48,7 +48,7 @@ def triple_one_scale(model: Path) -> None:
     for name in [n for n in tensors if n.endswith("down_proj.scales")][:2]:
         tensors[name] = tensors[name] * 3
     write_safetensors(shard, tensors)
-    write_sums(model)
+    renew(model)
 
 
 @pytest.fixture(scope="module")
