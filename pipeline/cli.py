@@ -207,8 +207,11 @@ def validate(
       requant validate out/demo --source tests/models/qwen3-next-tiny-nf4 --text my.txt
     """
     from pipeline.checkpoint.writer import write_json
+    from pipeline.hub.cache import refuse_hub_cache
     from pipeline.stages.revalidate import revalidate
 
+    if json_file is not None:
+        refuse_hub_cache(json_file)
     if json_file is not None and not json_file.parent.is_dir():
         raise OutputError(f"{json_file.parent}, where the report is to go, is not a directory")
     report = revalidate(model, source, text, device_memory, _announce)

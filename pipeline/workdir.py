@@ -27,6 +27,7 @@ from typing import IO, Any
 from pipeline.checkpoint.writer import FileRecord, write_json
 from pipeline.errors import OutputError
 from pipeline.evaluate.speed import peak_device_bytes, peak_host_bytes
+from pipeline.hub.cache import refuse_hub_cache
 
 MANIFEST = "work.json"
 PEAKS = ("peak_host_bytes", "peak_device_bytes")
@@ -59,8 +60,10 @@ class WorkDirectory:
 
     def check(self) -> None:
         """Raise OutputError if the output or work directory exists and is not ours."""
-        if self.output.is_symlink() or self.root.is_symlink():
-            raise OutputError(f"{self.output} is a symbolic link; give the real path")
+        for path in (self.output, self.root, self.internal):
+            if path.is_symlink():
+                raise OutputError(f"{path} is a symbolic link; give the real path")
+        refuse_hub_cache(self.output)
         for path in (self.output, self.root):
             if path.exists() and not path.is_dir():
                 raise OutputError(f"{path} exists and is not a directory")
@@ -100,7 +103,7 @@ class WorkDirectory:
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             while self._lock is None:
-                lock = path.open("w")
+                lock = open(path, "a", opener=_without_links)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The run before may have deleted the file between our open and our lock.
                 if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
@@ -206,7 +209,9 @@ class WorkDirectory:
         self._discard()
 
     def _aside(self, suffix: str) -> Path:
-        return self.output.with_name(f".{self.output.name}{suffix}")
+        # What is found under these names is deleted: no one else's directory may be called so.
+        ours = suffix if suffix == ".lock" else f".requant{suffix}"
+        return self.output.with_name(f".{self.output.name}{ours}")
 
     def _is_ours(self) -> bool:
         """Whether the (non-empty) work directory was made by us."""
@@ -241,6 +246,11 @@ def difference(found: object, wanted: object, where: str = "") -> str | None:
 
 def _occupied(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())
+
+
+def _without_links(path: str, flags: int) -> int:
+    """Opens a file, but nothing that a link of that name leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _sync_directory(path: Path) -> None:

@@ -79,7 +79,7 @@ def _atomic(path: Path) -> Iterator[_Digest]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         with (
             os.fdopen(os.open(temporary, flags, 0o666), "wb", buffering=0) as stream,
             ThreadPoolExecutor(1, thread_name_prefix="digest") as beside,

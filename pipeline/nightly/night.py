@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.checkpoint.writer import write_bytes
 from pipeline.errors import OutputError, UserError
+from pipeline.hub.cache import refuse_hub_cache
 from pipeline.nightly import outputs
 from pipeline.nightly.attempt import Attempt, attempt
 from pipeline.nightly.history import History, Record
@@ -260,6 +261,7 @@ def _changed(record: Record, past: Sequence[Record]) -> list[str]:
 def _lock(state: Path) -> Iterator[None]:
     """Keep two nights with one history from overlapping."""
     path = state / "lock"
+    refuse_hub_cache(state)
     try:
         state.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")

@@ -23,6 +23,7 @@ from pipeline.checkpoint.index import read_json
 from pipeline.checkpoint.seal import is_sealed, sealed
 from pipeline.checkpoint.writer import write_bytes
 from pipeline.errors import CheckpointError
+from pipeline.hub.cache import refuse_hub_cache
 from pipeline.plain_yaml import parse_yaml
 from pipeline.report.build import existing_report
 
@@ -45,6 +46,7 @@ class Wishes:
 def write_card(model: Path, wishes: Wishes = Wishes()) -> bool:
     """Write the card into a finished directory; false when an edited one is there and stays."""
     path = model / CARD_FILE
+    refuse_hub_cache(path)
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     if before is not None and not is_sealed(before):
         return False

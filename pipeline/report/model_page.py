@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.seal import sealed
 from pipeline.checkpoint.writer import write_bytes
+from pipeline.hub.cache import refuse_hub_cache
 from pipeline.report import sections
 from pipeline.report.build import PAGE_FILE
 from pipeline.report.page import render
@@ -19,6 +20,7 @@ def write_page(model: Path, to: Path | None = None) -> Path:
     cannot be written.
     """
     path = model / PAGE_FILE if to is None else to
+    refuse_hub_cache(path)
     write_bytes(path, sealed(model_page(read_record(model)) + "\n").encode())
     return path
 

@@ -118,7 +118,7 @@ class Dequantize:
         target = dense_directory(context)
         made = with_digest({"schema": 1, "kind": "dequantized", "source": self._source_digests()})
         folder = context.work.internal / "bf16"
-        previous = target.with_name(f".{target.name}.previous")
+        previous = target.with_name(f".{target.name}.requant.previous")
         if _read_json(target / CONVERSION) == made and not folder.exists():
             # An earlier run made it, or this one was killed after the renaming.
             shutil.rmtree(previous, ignore_errors=True)

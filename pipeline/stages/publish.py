@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.checkpoint.sums import ADDED, SUMS_NAME, UNSEALED, digest_file, read_sums
 from pipeline.errors import CheckpointError, HubError, OutputError
+from pipeline.hub.cache import refuse_hub_cache
 from pipeline.hub.client import check_repo, require_token
 from pipeline.hub.origin import LICENCE, card_data, origin
 from pipeline.hub.upload import Target, publish_files
@@ -74,6 +75,7 @@ def publish_model(
     if not dry_run:
         require_token()
     _check_finished(model)
+    refuse_hub_cache(model)  # its card is written first
     state = validation_state(model)
     if state is not None and not unvalidated:
         raise CheckpointError(

@@ -15,6 +15,7 @@ from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CalibrationError, CheckpointError, RecipeError
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.windows import Windows, sliding_windows
+from pipeline.hub.cache import in_hub_cache
 from pipeline.models.skeleton import architecture_of
 from pipeline.plain_yaml import read_yaml
 from pipeline.progress import announce_rarely
@@ -65,7 +66,9 @@ def revalidate(
         reference=reference,
         progress=announce_rarely(announce),
     )
-    if keep and (model / CONVERSION).is_file() and source is None:
+    if keep and in_hub_cache(model):
+        announce("the report is not kept: the model lies in the Hub's cache, which is only read")
+    elif keep and (model / CONVERSION).is_file() and source is None:
         write_json(model / REPORT_FILE, report)
         page_beside(model)
         write_card(model)
