@@ -1,13 +1,13 @@
-"""Chat records through the tokenizer's own template, run in transformers' sandbox."""
+"""Chat records through the tokenizer's own template, run in transformers' sandbox with limits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.calibration.source import Record, TextSource
+from pipeline.calibration.templates import ChatTemplate, TemplateRefusal
 from pipeline.errors import CalibrationError
 
 
@@ -20,7 +20,7 @@ def require_template(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> 
         )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, record: Record, field: str) -> str:
+def render(template: ChatTemplate, record: Record, field: str) -> str:
     """The text of a list of {role, content}, as the model was trained to see it.
 
     Raises CalibrationError for what is no such list, and for what the template refuses.
@@ -36,7 +36,8 @@ def render(tokenizer: PreTrainedTokenizerBase, record: Record, field: str) -> st
                     " {role, content}"
                 )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise CalibrationError(f"{record.where}: the chat template refuses it ({line})") from None
+        return template.render(messages)
+    except TemplateRefusal as refusal:
+        raise CalibrationError(
+            f"{record.where}: the chat template refuses it ({refusal})"
+        ) from None

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.calibration.chat import render, require_template
 from pipeline.calibration.source import TextSource, read_text, records
+from pipeline.calibration.templates import ChatTemplate
 from pipeline.calibration.tokens import tokenize
 from pipeline.errors import CalibrationError
 
@@ -130,10 +131,13 @@ def _read(
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> Iterator[str]:
+    if source.chat:
+        with ChatTemplate(tokenizer) as template:
+            for record in records(source):
+                yield render(template, record, source.field)
+        return
     for record in records(source):
-        if source.chat:
-            yield render(tokenizer, record, source.field)
-        elif isinstance(record.value, str):
+        if isinstance(record.value, str):
             yield record.value
         else:
             hint = "; set chat: true" if isinstance(record.value, list) else ""
