@@ -33,6 +33,7 @@ from pipeline.stages.context import Context, Estimate, Job
 from pipeline.stages.folding import check_folds
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.order import BUILDING, STAGES
+from pipeline.stages.side_files import side_files
 from pipeline.stages.texts import calibration_sources
 from pipeline.stages.validate import check_device_memory
 from pipeline.workdir import WorkDirectory
@@ -122,6 +123,7 @@ def prepare(recipe: Recipe, text: str) -> Context:
     checkpoint = Checkpoint.open(source)
     architecture = architecture_of(checkpoint.config, str(source))
     geometry = geometry_of(architecture, checkpoint.config, str(source))
+    side_files(source)  # refuses links to elsewhere
     _check_recipe(recipe, architecture)
     for source_text in calibration_sources(recipe):
         check_source(source_text)

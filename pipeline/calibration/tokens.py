@@ -8,22 +8,39 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline.checkpoint.index import resolve_inside
+from pipeline.checkpoint.reader import refuse_code
 from pipeline.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these holds a tokenizer's vocabulary."""
+READ_BESIDE = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+)
+"""What transformers reads to make one."""
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory; never runs code from it.
 
-    Raises CheckpointError for one that is missing (transformers would make up an empty one) or
-    damaged.
+    Raises CheckpointError for one that is missing (transformers would make up an empty one), is
+    damaged, asks for code of its own, or links to files elsewhere.
     """
     if not any((model / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{model}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); download it too"
         )
+    refuse_code(model)
+    for name in READ_BESIDE:
+        if (model / name).is_symlink() or (model / name).exists():
+            resolve_inside(model, name)  # refuses links to elsewhere
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(model), trust_remote_code=False, local_files_only=True

@@ -99,12 +99,12 @@ def _matches(rule: str, module: str) -> bool:
         return regex.match(expression, module, timeout=RULE_SECONDS) is not None
     except regex.error as error:
         raise CheckpointError(
-            f"config.json: dynamic rule {shown(rule)!r} is not a regular expression"
+            f"config.json: dynamic rule '{shown(rule)}' is not a regular expression"
             f" ({shown(error)})"
         ) from error
     except TimeoutError:
         raise CheckpointError(
-            f"config.json: dynamic rule {shown(rule)!r} takes forever to match; refused"
+            f"config.json: dynamic rule '{shown(rule)}' takes forever to match; refused"
         ) from None
 
 

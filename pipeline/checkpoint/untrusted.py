@@ -53,8 +53,12 @@ def parse_table(data: bytes, where: str, limits: Limits = SMALL) -> dict[str, An
         table = json.loads(data, object_pairs_hook=lambda pairs: _unique(pairs, where))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where}: not JSON: not UTF-8 text") from error
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise CheckpointError(f"{where}: not JSON ({shown(error)})") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: nested without end; refused") from error
+    except ValueError as error:
+        raise CheckpointError(f"{where}: holds a number of thousands of digits; refused") from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{where}: a table was expected")
     return table
@@ -87,14 +91,14 @@ def check_name(name: str, where: str) -> None:
     Control and invisible characters, separators of paths and absurd lengths: no model has them.
     """
     if not 0 < len(name) <= NAME_LENGTH or not name.isprintable() or "\\" in name:
-        raise CheckpointError(f"{where}: {shown(name)!r} is no proper name; refused")
+        raise CheckpointError(f"{where}: '{shown(name)}' is no proper name; refused")
 
 
 def check_tensor_name(name: str, where: str) -> None:
     """As `check_name`; a tensor's name holds no slash either."""
     check_name(name, where)
     if "/" in name:
-        raise CheckpointError(f"{where}: {shown(name)!r} is no proper name; refused")
+        raise CheckpointError(f"{where}: '{shown(name)}' is no proper name; refused")
 
 
 def twins(names: Iterable[str]) -> tuple[str, str] | None:

@@ -50,10 +50,13 @@ def verify_directory(
         try:
             batches = _batches(checkpoint)
             with ThreadPoolExecutor(THREADS) as pool:
-                checked = pool.map(checkpoint.problems, batches)
-                for number, (names, found) in enumerate(zip(batches, checked, strict=True), 1):
-                    progress(f"values of {names[0]}, {number} of {len(batches)}")
-                    problems += found
+                try:
+                    checked = pool.map(checkpoint.problems, batches)
+                    for number, (names, found) in enumerate(zip(batches, checked, strict=True), 1):
+                        progress(f"values of {names[0]}, {number} of {len(batches)}")
+                        problems += found
+                finally:
+                    pool.shutdown(cancel_futures=True)
         except CheckpointError as error:  # the config makes no sense, or a file has changed
             problems.append(Problem(str(path), str(error)))
     checkpoint.close()

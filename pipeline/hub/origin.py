@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.checkpoint.index import resolve_inside
+from pipeline.errors import CheckpointError
 from pipeline.plain_yaml import MAX_BYTES, parse_yaml
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -54,9 +56,9 @@ def _is_text(value: object) -> bool:
 def card_data(path: Path) -> dict[str, Any]:
     """The metadata of a card; empty where there is none that can be read."""
     try:
-        with path.open(encoding="utf-8") as stream:
+        with resolve_inside(path.parent, path.name).open(encoding="utf-8") as stream:
             match = _FRONT.match(stream.read(MAX_BYTES))
         data = parse_yaml(match[1]) if match else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, CheckpointError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return data if isinstance(data, dict) else {}

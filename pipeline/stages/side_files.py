@@ -31,9 +31,16 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     Raises CheckpointError for one that is a link to elsewhere: a result would carry off a file
     of the user's.
     """
-    copied = []
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(resolve_inside(source, name), target / name)
-            copied.append(name)
-    return copied
+    found = side_files(source)
+    for name, path in found.items():
+        shutil.copyfile(path, target / name)
+    return list(found)
+
+
+def side_files(source: Path) -> dict[str, Path]:
+    """Those that exist, with their real paths; CheckpointError as for `copy_side_files`."""
+    return {
+        name: resolve_inside(source, name)
+        for name in SIDE_FILES
+        if (source / name).is_symlink() or (source / name).exists()
+    }

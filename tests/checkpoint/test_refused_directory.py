@@ -174,7 +174,7 @@ def entry(**changes):
         (b"not json at all", "not JSON"),
         (b"\xff\xfe", "not JSON"),
         (b"[1]", "a table was expected"),
-        (b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "nested without end"),
         ({"a": 3}, "no proper dtype"),
         ({"a": {}}, "no proper dtype"),
         ({"a": entry(data_offsets=[0])}, "no proper dtype"),
