@@ -77,7 +77,7 @@ def listed_files(weight_map: object) -> list[str]:
         files.add(file)
     for file in sorted(files):
         _check_name(file)
-    pair = twins(files)
+    pair = twins(sorted(files))
     if pair is not None:
         raise CheckpointError(f"{INDEX_NAME}: {pair[0]} and {pair[1]} differ in case only; refused")
     return sorted(files)

@@ -30,6 +30,8 @@ from pipeline.report.build import existing_report
 CARD_FILE = "README.md"
 CONVERSION_FILE = "conversion.json"
 
+_LEADING = re.compile(r"^(\d*)([-=.)])")
+"""What makes a list or a heading at the beginning of a line."""
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&])")
 
 
@@ -110,8 +112,13 @@ def validation_state(model: Path) -> str | None:
 
 
 def plain(value: object) -> str:
-    """Any text as one line of Markdown that means nothing but itself."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
+    """Any text as one line of Markdown that means nothing but itself.
+
+    What cannot be seen (directions of writing, controls) is shown as a replacement character.
+    """
+    text = " ".join(str(value).split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return _LEADING.sub(r"\1\\\2", _SPECIAL.sub(r"\\\1", text))
 
 
 def _code(value: object) -> str:
