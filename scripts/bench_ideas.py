@@ -27,6 +27,7 @@ from ideas.tried import (
     TokenWeights,
     Uncorrected,
     correction_damping,
+    negative_scales,
 )
 from quality.workplace import RECIPE, STRIDE, TEXTS, WINDOW
 from torch import Tensor
@@ -39,6 +40,8 @@ EVERY = {"in": 4, "out": 3}
 IDEAS: dict[str, Callable[[], Idea]] = {
     "uncorrected": Uncorrected,
     "correction-0.3": Idea,
+    "negative-scales": Idea,
+    "rounding-negative-scales": Rounding,
     "gradients": lambda: Gradients(0.5),
     "slopes": lambda: TokenWeights(0, 0),
     "router-weights-1": lambda: TokenWeights(1, 1),
@@ -46,7 +49,9 @@ IDEAS: dict[str, Callable[[], Idea]] = {
     "router": Router,
 }
 AROUND: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "correction-0.3": lambda: correction_damping(0.3)
+    "correction-0.3": lambda: correction_damping(0.3),
+    "negative-scales": negative_scales,
+    "rounding-negative-scales": negative_scales,
 }
 
 

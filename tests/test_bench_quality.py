@@ -218,7 +218,7 @@ def test_what_is_won_back_of_roundings_loss_has_an_interval():
     source = {"texts": {"in": {"perplexity": 8.0, "windows": {"nll": hard.tolist()}}}}
     rows = []
     for method, lost in (("rounding", 0.4), ("ours gptq", 0.1)):
-        row = made(method, 8.0, lost)
+        row = made(method, 8.0, lost, family="rounding" if method == "rounding" else "gptq")
         noise = torch.randn(60, generator=generator) * 0.05
         windows = {"count": [10] * 60, "kl": [lost] * 60, "nll": (hard + lost + noise).tolist()}
         perplexity = float(torch.tensor(windows["nll"]).sum().div(600).exp())
@@ -230,9 +230,13 @@ def test_what_is_won_back_of_roundings_loss_has_an_interval():
     assert 0.6 < low < share < high < 0.9
     lines = against_rounding(rows, source).splitlines()
     assert lines[2:] == [
-        "| 32 | ours gptq | in | -0.03000 [-0.03000, -0.03000]"
+        "| 32 | ours gptq | in | symmetric | -0.03000 [-0.03000, -0.03000]"
         f" | {share:.0%} [{low:.0%}, {high:.0%}] |"
     ]
+    rows[1]["family"] = "awq"
+    assert len(against_rounding(rows, source).splitlines()) == 2, "no rounding of its kind"
+    rows.append(rows[0] | {"method": "rounding asymmetric"})
+    assert "| ours gptq | in | asymmetric |" in against_rounding(rows, source)
 
 
 def test_rows_have_names_of_files():

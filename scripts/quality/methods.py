@@ -69,6 +69,7 @@ METHODS = {
             output_weighting=False,
         ),
         _ours("ours gptq", "gptq", method="gptq"),
+        _ours("ours gptq asymmetric", "asymmetric", method="gptq", symmetric=False),
         _ours("ours awq", "awq", method="awq", symmetric=False),
         _ours("ours awq+gptq", "awq", method="awq+gptq", symmetric=False),
         _gptqmodel("gptq", "gptqmodel"),

@@ -12,6 +12,8 @@ from pipeline.evaluate.metrics import Interval, paired_bootstrap
 
 Row = dict[str, Any]
 ROUNDING = "rounding"
+ROUNDING_OF = dict.fromkeys(("awq", "asymmetric", "mended"), "rounding asymmetric")
+"""Rounding of the same kind of numbers, by family; elsewhere it is `ROUNDING`."""
 COMPARED = {
     "ours gptq": ("gptq", "awq", "autoround"),
     "ours awq": ("awq",),
@@ -60,21 +62,24 @@ def recovered(row: Row, rounding: Row | None, text: str) -> float | None:
 
 
 def against_rounding(rows: Iterable[Row], source: Row) -> str:
-    """What every row wins back of rounding's losses, with intervals over windows, in Markdown."""
+    """What every row wins back of the losses of rounding to numbers of the same kind: Markdown."""
     rows = [row for row in rows if row["error"] is None]
     lines = [
-        "| group | method | text | KL, nats per token, less rounding's [95 %] | recovered [95 %] |"
+        "| group | method | text | rounding | KL, nats per token, less rounding's [95 %]"
+        " | perplexity's increase won back [95 %] |",
+        "|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|")
     for row in rows:
-        rounding = _find(rows, ROUNDING, row["group"])
-        if rounding is None or rounding is row:
+        name = ROUNDING_OF.get(row["family"], ROUNDING)
+        rounding = _find(rows, name, row["group"])
+        if rounding is None or row["family"] == "rounding":
             continue
+        kind = name.removeprefix(ROUNDING).strip() or "symmetric"
         for text in row["texts"]:
             gap = difference(row, rounding, text, "kl")
             low, high = recovered_interval(row, rounding, source, text)
             lines.append(
-                f"| {row['group']} | {row['method']} | {text}"
+                f"| {row['group']} | {row['method']} | {text} | {kind}"
                 f" | {gap.estimate:+.5f} [{gap.low:+.5f}, {gap.high:+.5f}]"
                 f" | {recovered(row, rounding, text):.0%} [{low:.0%}, {high:.0%}] |"
             )
