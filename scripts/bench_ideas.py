@@ -76,8 +76,13 @@ def windows_of(model: Path) -> tuple[Tensor, list[str]]:
     return torch.cat(taken), texts
 
 
+@torch.inference_mode()
 def score(source: Source, texts: list[str], ours: Tensor, theirs: Tensor) -> Scores:
-    """Both models' last hidden states [windows, length, hidden] compared."""
+    """Both models' last hidden states [windows, length, hidden] compared.
+
+    In inference mode as a whole: the two generators leave their own in the order in which they
+    entered it, and the second would leave it switched on.
+    """
     stream = source.stream(torch.float32)
     rows = []
     pairs = zip(stream.logits(theirs), stream.logits(ours), strict=True)
