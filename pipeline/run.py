@@ -22,6 +22,7 @@ from pipeline.plan import NOTHING, Plan, Standing, plan, prepare
 from pipeline.progress import Reporter
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.hessian import HESSIAN_EXPERTS, HESSIAN_TOKENS
+from pipeline.quantize.precision import float32_products
 from pipeline.recipe import Recipe
 from pipeline.report.build import existing_report
 from pipeline.secrets import secrets
@@ -179,6 +180,7 @@ def fingerprint(context: Context) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "solver": solver_backend(context.device),
+        "float32_products": float32_products(),
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "versions": {
             "requant": __version__,

@@ -14,6 +14,18 @@ from typing import Any
 import torch
 
 
+def float32_products() -> dict[str, str]:
+    """How the process computes float32 products outside the solver, by torch's own names.
+
+    "tf32" or "bf16" where they are rounded first; "ieee" or "none" (torch's default) where not.
+    """
+    backends: Any = torch.backends
+    return {
+        "cuda": str(backends.cuda.matmul.fp32_precision),
+        "cpu": str(backends.mkldnn.matmul.fp32_precision),
+    }
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Run float32 matrix products in IEEE float32 on CUDA and on CPU; restores the settings."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from pipeline.evaluate.metrics import compare_each
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.speed import measure, reset_peaks, timed
 from pipeline.progress import size
+from pipeline.quantize.precision import float32_products
 from pipeline.report.build import (
     REPORT_FILE,
     existing_report,
@@ -210,6 +213,12 @@ def machine() -> dict[str, Any]:
         "requant": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "bitsandbytes": importlib.metadata.version("bitsandbytes"),
+        "numpy": importlib.metadata.version("numpy"),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda or "none",
+        "float32_products": ", ".join(f"{k}: {v}" for k, v in float32_products().items()),
+        "tf32": "on" if float32_products()["cuda"] == "tf32" else "off",
     }
 
 

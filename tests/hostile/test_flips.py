@@ -1,5 +1,6 @@
 """A single flipped bit, anywhere in a finished directory, is found."""
 
+import json
 import random
 import shutil
 
@@ -45,6 +46,17 @@ def test_every_bit_of_the_seals_and_recipes(model):
             for bit in range(8):
                 flip = Flip(name, position, bit)
                 assert not flipped(model, flip, lambda: seals_fit(model)), flip
+
+
+def test_the_report_records_what_could_change_it(model):
+    machine = json.loads((model / "report.json").read_text())["machine"]
+    made = json.loads((model / "conversion.json").read_text())["fingerprint"]
+    assert machine["tf32"] == "off" and machine["threads"] == made["threads"] == 1
+    for name in ("torch", "transformers", "bitsandbytes", "requant"):
+        assert machine[name] == made["versions"][name]
+    for name in ("python", "numpy", "cuda", "device", "cpu_capability", "float32_products"):
+        assert machine[name]
+    assert made["device"] and made["solver"] and "cuda" in made["float32_products"]
 
 
 def test_what_is_said_of_each_file(model, cli):

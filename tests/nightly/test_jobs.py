@@ -104,6 +104,12 @@ def test_paths_outside_the_roots_are_refused(tmp_path):
         (job,) = collect([str(path)], [inside])
         assert job.recipe is None and "lies outside" in job.problem and "--root" in job.problem
     assert collect([str(inside / "r0.yaml")], [inside, outside])[0].problem is None
+    # A conversion's recipe: its output is what is validated.
+    data = {"source": {"model": "x/y"}, "output": {"path": str(outside)}}
+    path = write(inside / "conversion.yaml", **data)
+    (job,) = collect([str(path)], [inside])
+    assert job.recipe is None and "model" in job.problem and "lies outside" in job.problem
+    assert collect([str(path)], [inside, outside])[0].problem is None
     # A model named on the command line is the user's own word.
     (outside / "config.json").write_text("{}")
     assert collect([str(outside)], [inside])[0].recipe.model == str(outside)
