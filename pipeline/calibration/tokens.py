@@ -45,7 +45,9 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(model), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the tokenizers library raises no narrower class
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises no narrower class, even panics
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{model}: the tokenizer cannot be loaded ({line})") from error
     return tokenizer

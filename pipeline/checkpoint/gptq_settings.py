@@ -132,7 +132,9 @@ def settings_of(module: str, config: Mapping[str, Any]) -> ModuleSettings:
             return ModuleSettings(False, because=f"modules_to_not_convert, {name}")
     group = table.get("group_size")
     if group is not None and (type(group) is not int or (group < 1 and group != -1)):
-        raise CheckpointError(f"config.json: group_size {group!r} is neither -1 nor positive")
+        raise CheckpointError(
+            f"config.json: group_size {shown(repr(group), 40)} is neither -1 nor positive"
+        )
     return ModuleSettings(
         True, table.get("bits"), group, table.get("sym"), bool(table.get("desc_act", False))
     )

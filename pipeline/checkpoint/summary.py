@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.checkpoint.header import FileHeader
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.stored import StoredWeight
+from pipeline.checkpoint.untrusted import shown
 
 ROUTERS = (".mlp.gate.weight", ".router.weight", ".block_sparse_moe.gate.weight")
 
@@ -124,8 +125,8 @@ def summarise(
     formats = counts.formats
     return Summary(
         verdict=_verdict(config, counts),
-        model_type=str(config.get("model_type", "unknown")),
-        quant_method=(config.get("quantization_config") or {}).get("quant_method"),
+        model_type=shown(config.get("model_type", "unknown"), 60),
+        quant_method=_method(config),
         formats=dict(sorted(formats.items())),
         nbytes=sum(share.nbytes for share in formats.values()),
         expert_nbytes=counts.expert_nbytes,
@@ -141,8 +142,13 @@ def summarise(
     )
 
 
+def _method(config: Mapping[str, Any]) -> str | None:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return None if method is None else shown(method, 60)
+
+
 def _verdict(config: Mapping[str, Any], counts: _Counts) -> str:
-    kind = str(config.get("model_type", "unknown"))
+    kind = shown(config.get("model_type", "unknown"), 60)
     formats = counts.formats
     if counts.layout == "none":
         main = max(formats, key=lambda name: formats[name].nbytes, default="nothing")
@@ -174,7 +180,7 @@ def _oddities(counts: _Counts) -> list[str]:
 
 def _conflicts(config: Mapping[str, Any], counts: _Counts) -> list[str]:
     found = []
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = _method(config)
     sizes = {len(experts) for experts in counts.numbered.values()}
     said = config.get("num_experts", config.get("num_local_experts"))
     if len(sizes) > 1:

@@ -72,7 +72,7 @@ def read_sums(directory: Path) -> dict[str, str]:
         data = read_limited(resolve_inside(directory, SUMS_NAME), SUMS_NAME, SMALL)
         # By line feeds alone: `splitlines` would pass over one that a flipped bit has changed.
         *lines, rest = data.decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, CheckpointError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{directory}: {SUMS_NAME} cannot be read") from error
     sums: dict[str, str] = {}
     for number, line in enumerate([*lines, *([rest] if rest else [])], 1):

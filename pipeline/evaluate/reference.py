@@ -135,7 +135,7 @@ class Reference:
                 json.loads(labels["labels"]),
             )
             reference._check()
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: damaged validation reference ({error}): run validate with --source"
             ) from error

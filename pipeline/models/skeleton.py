@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.checkpoint.untrusted import shown
 from pipeline.errors import CheckpointError
 from pipeline.models import ARCHITECTURES, Architecture
 from pipeline.models.architecture import Geometry
 
 MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What transformers raises for a config whose values make no sense, besides its own error."""
+
+
+MAX_COUNT = 1 << 16
+"""Layers, experts, heads: twenty times what the largest models have."""
+MAX_NUMBER = 1 << 40
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
@@ -26,19 +32,20 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(
-            f"{where}: model_type {model_type!r} is not supported; known: {known}"
+            f"{where}: model_type {shown(repr(model_type))} is not supported; known: {known}"
         )
     return architecture
 
 
 def geometry_of(architecture: Architecture, config: Mapping[str, Any], where: str) -> Geometry:
     """The sizes in a config.json; CheckpointError for one that lacks some or makes no sense."""
+    _check_numbers(config, where)
     try:
         geometry = architecture.geometry(config)
     except KeyError as error:
-        raise CheckpointError(f"{where}/config.json: {error} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}/config.json is malformed: {error}") from None
+        raise CheckpointError(f"{where}/config.json: {shown(error)} is missing") from None
+    except MALFORMED as error:
+        raise CheckpointError(f"{where}/config.json is malformed: {shown(error)}") from None
     sizes = (geometry.layers, geometry.experts, geometry.top_k, geometry.hidden, geometry.inner)
     if min(*sizes, geometry.vocabulary) < 1 or geometry.top_k > geometry.experts:
         raise CheckpointError(f"{where}/config.json is malformed: its sizes are impossible")
@@ -50,6 +57,24 @@ def geometry_of(architecture: Architecture, config: Mapping[str, Any], where: st
     if not geometry.moe_layers:
         raise CheckpointError(f"{where}: config.json describes no layer with routed experts")
     return geometry
+
+
+def _check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """CheckpointError for numbers that no model has: some stand for lists that would be made."""
+    for key, value in config.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        limit = MAX_COUNT if key.startswith("num_") else MAX_NUMBER
+        if not -MAX_NUMBER <= value <= limit:  # false for NaN
+            raise CheckpointError(f"{where}/config.json is malformed: {shown(key)} {shown(value)}")
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    factors = [table.get("partial_rotary_factor", 1.0) for table in (config, rotary)
+               if isinstance(table, Mapping)]  # fmt: skip
+    for factor in factors:
+        if not isinstance(factor, (int, float)) or not 0 < factor <= 1:
+            raise CheckpointError(
+                f"{where}/config.json is malformed: partial_rotary_factor {shown(factor)}"
+            )
 
 
 def model_config(config: Mapping[str, Any]) -> PreTrainedConfig:
@@ -116,7 +141,7 @@ def expected_shapes(
 
 
 def _malformed(error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())
+    reason = shown(error, 300)
     return CheckpointError(f"config.json is malformed: {type(error).__name__}: {reason}")
 
 

@@ -85,20 +85,26 @@ def details(night: Night) -> list[str]:
 
 
 def message(night: Night) -> str:
-    """For a chat."""
-    return "\n".join([f"requant nightly, {headline(night)}", *details(night)])
+    """For a chat of Slack's kind, which makes links and calls of what stands in angle brackets."""
+    text = "\n".join([f"requant nightly, {headline(night)}", *details(night)])
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def markdown(night: Night) -> str:
     """For GitHub's step summary."""
 
     def row(values: Sequence[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+        return "| " + " | ".join(map(_text, values)) + " |"
 
     lines = [f"## {headline(night)}", "", row(HEAD), row(["---"] * len(HEAD))]
     lines += [row([r["job"], verdict(r), *cells(r)]) for r in night.records]
-    lines += ["", *(f"- {text.strip()}" for text in details(night)), ""]
+    lines += ["", *(f"- {_text(text.strip())}" for text in details(night)), ""]
     return "\n".join(lines)
+
+
+def _text(value: str) -> str:
+    """Text that Markdown takes for nothing else; names with underscores stay readable."""
+    return re.sub(r"([\\`*\[\]<>&|~!])", r"\\\1", value)
 
 
 def as_dict(night: Night) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.checkpoint.formats import FORMATS
+from pipeline.checkpoint.gptq_settings import settings_of
 from pipeline.checkpoint.header import parse_header
 from pipeline.checkpoint.index import check_against, listed_files
 from pipeline.checkpoint.shard_map import check_version, mapped_files
 from pipeline.checkpoint.stored import StoredWeight, TensorEntry
+from pipeline.checkpoint.summary import summarise
 from pipeline.checkpoint.untrusted import parse_table, shown
 from pipeline.errors import UserError
+from pipeline.models.skeleton import architecture_of, geometry_of
 from pipeline.plain_yaml import PlainYamlError, parse_yaml
 from pipeline.recipe import parse_recipe
 
@@ -73,6 +76,68 @@ def test_headers(data, more, method):
                     del remaining[part.name]
 
     refused_or_done(call)
+
+
+NAMES = ["model.layers.0.mlp.experts.0.up_proj", "m"]
+SETTINGS = mostly(
+    quant_method=st.sampled_from(["gptq", "awq", "fp8", "bitsandbytes"]),
+    bits=st.sampled_from([2, 4, 8]),
+    group_size=st.sampled_from([-1, 32, 128]),
+    version=st.just("gemm"),
+    weight_block_size=st.lists(NUMBERS, max_size=3),
+    dynamic=st.dictionaries(st.text(max_size=8), st.just({}) | VALUES, max_size=2),
+    modules_to_not_convert=st.lists(st.sampled_from(NAMES) | VALUES, max_size=2),
+    desc_act=st.booleans(),
+)
+CONFIG = mostly(
+    model_type=st.just("qwen3_next"),
+    num_hidden_layers=st.just(2) | NUMBERS,
+    num_experts=st.just(8) | NUMBERS,
+    num_experts_per_tok=st.just(2),
+    hidden_size=st.just(128) | NUMBERS,
+    moe_intermediate_size=st.just(128),
+    vocab_size=st.just(512),
+    layer_types=st.lists(st.sampled_from(["full_attention", "linear_attention"]), max_size=3),
+    mlp_only_layers=st.lists(NUMBERS, max_size=2),
+    decoder_sparse_step=st.just(1) | NUMBERS,
+    partial_rotary_factor=st.floats() | NUMBERS,
+    dtype=st.just("bfloat16"),
+)
+PACKED = {
+    "gptq": {"qweight": ("I32", (1, 8)), "qzeros": ("I32", (1, 1)), "scales": ("F16", (1, 8)),
+             "g_idx": ("I32", (8,))},
+    "fp8": {"weight": ("F8_E4M3", (4, 4)), "weight_scale_inv": ("F32", (1, 1))},
+    "int8": {"weight": ("I8", (4, 4)), "SCB": ("F32", (4,))},
+}  # fmt: skip
+
+
+@QUICK
+@given(CONFIG, SETTINGS, st.sampled_from(list(PACKED)))
+def test_configs(config, quantization, kind):
+    parts = PACKED[kind].items()
+    entries = {f"m.{p}": TensorEntry(f"m.{p}", "f", d, s, 0, 4) for p, (d, s) in parts}
+
+    def call():
+        whole = config | {"quantization_config": quantization}
+        found = []
+        for member in sorted((FORMATS[name] for name in FORMATS), key=lambda f: f.rank):
+            claimed = member.claim(entries, whole)
+            found += claimed
+            for part in [p for weight in claimed for p in weight.parts.values()]:
+                del entries[part.name]
+        summary = summarise({w.name: w for w in found}, whole, {})
+        assert summary.verdict.isprintable()
+        for name in NAMES:
+            settings_of(name, quantization)
+
+    refused_or_done(call)
+
+    def describe():
+        architecture = architecture_of(config, "MODEL")
+        geometry = geometry_of(architecture, config, "MODEL")
+        assert geometry.layers <= 1 << 16
+
+    refused_or_done(describe)
 
 
 ENTRIES = {"a": TensorEntry("a", "x.safetensors", "F32", (1,), 0, 4)}

@@ -26,6 +26,7 @@ from pipeline.checkpoint.gptq_settings import settings_of
 from pipeline.checkpoint.output import ModuleRules
 from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry, missing_part
+from pipeline.checkpoint.untrusted import shown
 from pipeline.checkpoint.words import pack_words, unpack_words
 from pipeline.errors import CheckpointError
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -112,7 +113,7 @@ class Awq:
         layout = str(settings.get("version") or settings.get("format") or "gemm").lower()
         if layout != "gemm":
             raise CheckpointError(
-                f"config.json says AWQ of the layout {layout!r}; only 'gemm' can be read"
+                f"config.json says AWQ of the layout '{shown(layout, 40)}'; only 'gemm' can be read"
             )
         weights = [
             self._weight(name.removesuffix(".qweight"), entries)
@@ -260,7 +261,7 @@ def _contradictions(weight: StoredWeight, config: Mapping[str, Any]) -> list[str
     columns, groups = state.shape[1], state.details.groups
     found = []
     if said.bits is not None and said.bits != BITS:
-        found.append(f"is packed with {BITS} bits, config.json says {said.bits}")
+        found.append(f"is packed with {BITS} bits, config.json says {shown(said.bits, 40)}")
     if said.group_size is not None:
         group = columns if said.group_size == -1 else said.group_size
         if group * groups != columns:

@@ -18,6 +18,7 @@ from pipeline.checkpoint.stored import (
     TensorEntry,
     decoding_problems,
 )
+from pipeline.checkpoint.untrusted import shown
 from pipeline.errors import CheckpointError
 
 PLAIN = ("BF16", "F16", "F32", "F64", "I64", "BOOL")
@@ -42,7 +43,7 @@ class Dense:
             method = (config.get("quantization_config") or {}).get("quant_method", "none")
             raise CheckpointError(
                 f"{entry.file}: {entry.name} is {entry.dtype} and belongs to no weight of a known "
-                f"format (config.json says quant_method: {method}; "
+                f"format (config.json says quant_method: {shown(method, 40)}; "
                 f"known: {', '.join(FORMATS)})"
             )
         return StoredWeight(

@@ -26,6 +26,7 @@ from pipeline.checkpoint.stored import (
     decoding_problems,
     missing_part,
 )
+from pipeline.checkpoint.untrusted import is_size, shown
 from pipeline.errors import CheckpointError
 
 SCALE = ".weight_scale_inv"
@@ -125,10 +126,10 @@ def _block(config: Mapping[str, Any]) -> tuple[int, int]:
     if not (
         isinstance(block, list | tuple)
         and len(block) == 2
-        and all(type(size) is int and size > 0 for size in block)
+        and all(is_size(size) and size > 0 for size in block)
     ):
         raise CheckpointError(
-            f"config.json: weight_block_size is {block!r}; two sizes, such as [128, 128], were"
+            f"config.json: weight_block_size is {shown(block)}; two sizes, such as [128, 128], were"
             " expected"
         )
     return block[0], block[1]

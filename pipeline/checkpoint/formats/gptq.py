@@ -27,6 +27,7 @@ from pipeline.checkpoint.gptq_settings import quantization_config, settings_of
 from pipeline.checkpoint.output import ModuleRules
 from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry, missing_part
+from pipeline.checkpoint.untrusted import shown
 from pipeline.checkpoint.words import pack_words, unpack_words
 from pipeline.errors import CheckpointError
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -155,7 +156,7 @@ class Gptq:
             bits = words * 32 / parts["g_idx"].nbytes * 4
         if bits not in BITS:
             raise CheckpointError(
-                f"{packed.file}: {module} is packed with {bits} bits; {BITS} can be read"
+                f"{packed.file}: {module} is packed with {shown(bits, 40)} bits; {BITS} can be read"
             )
         bits = int(bits)
         columns = words * 32 // bits
@@ -280,7 +281,9 @@ class Gptq:
         columns = weight.state.shape[1]
         found = []
         if said.bits is not None and said.bits != packing.bits:
-            found.append(f"is packed with {packing.bits} bits, config.json says {said.bits}")
+            found.append(
+                f"is packed with {packing.bits} bits, config.json says {shown(said.bits, 40)}"
+            )
         group = -(-columns // packing.groups)
         if said.group_size is not None:
             group = columns if said.group_size == -1 else said.group_size
