@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from pipeline import __version__
 from pipeline.errors import CheckpointError, OutputError, UserError
 from pipeline.secrets import redact_tracebacks, redacted
+from pipeline.system_errors import system_errors
 
 
 class Interrupted(Exception):
@@ -424,7 +425,8 @@ def main() -> None:
     # Tiles differ in size: without this, much of a GPU's memory is lost between blocks.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
-        app()
+        with system_errors():
+            app()
     except UserError as error:
         typer.echo(redacted(f"requant: {error}"), err=True)
         sys.exit(2)

@@ -10,6 +10,7 @@ import torch
 from pipeline.errors import ResourceError
 from pipeline.stages.context import Context, Job
 from pipeline.stages.placement import smallest
+from pipeline.system_errors import system_errors
 
 
 @contextlib.contextmanager
@@ -35,10 +36,12 @@ def limited(context: Context) -> Iterator[None]:
 def device_errors(context: Context, job: Job) -> Iterator[None]:
     """Turn a device's failure within a job into ResourceError.
 
-    Finished units are on disk and nothing else is: the same command goes on after them.
+    Finished units are on disk and nothing else is: the same command goes on after them.  So it is
+    with what the machine itself refuses (`pipeline.system_errors`).
     """
     try:
-        yield
+        with system_errors(_where(job), "finished layers are kept"):
+            yield
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"{_where(job)}: {_advice(context)}") from error
     except torch.AcceleratorError as error:

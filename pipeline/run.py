@@ -14,6 +14,7 @@ import transformers
 
 from pipeline import __version__
 from pipeline.checkpoint.untrusted import expanded
+from pipeline.code import code_digest
 from pipeline.device_errors import device_errors, limited
 from pipeline.errors import CheckpointError, OutputError, RecipeError
 from pipeline.evaluate.speed import reset_peaks
@@ -74,7 +75,9 @@ def run(
         built = not fresh and _is_built(context, wanted)
         todo = [name for name in chosen if not (built and name in BUILDING)]
         if built and len(todo) < len(chosen):
-            announce(f"{context.output} is in place and up to date")
+            other = _made(context).get("fingerprint", {}).get("code") != wanted["code"]
+            note = "; the code has changed since, --fresh makes it anew" if other else ""
+            announce(f"{context.output} is in place and up to date{note}")
         whole = plan(context, todo)
         context.estimates = whole.estimates
         if any(name in BUILDING for name in todo):
@@ -166,6 +169,7 @@ def fingerprint(context: Context) -> dict[str, Any]:
     original = context.original
     sizes = {} if original is None else {n: original.headers[n].size for n in original.headers}
     return {
+        "code": code_digest(),
         "source": {name: headers[name].size for name in sorted(headers)},
         **({"reference": dict(sorted(sizes.items()))} if sizes else {}),
         "config": {key: value for key, value in config if key != "quantization_config"},
@@ -212,18 +216,15 @@ def _is_built(context: Context, wanted: dict[str, Any]) -> bool:
     """Whether the output directory is there, made from the same fingerprint and source.
 
     A --fresh run that was cut off has left work that is to be finished, not an output to be kept.
+    What other code has finished is whole all the same: only unfinished work could get mixed.
     """
-    path = context.output / CONVERSION
     wanted = json.loads(json.dumps(wanted))
     begun = context.work.begun and difference(context.work.fingerprint(), wanted) is None
-    if begun or not path.is_file():
+    if begun or not (context.output / CONVERSION).is_file():
         return False
-    try:
-        made = json.loads(path.read_text())
-        found, files = made.get("fingerprint"), made.get("source_files", {})
-    except (ValueError, AttributeError):
-        raise OutputError(f"{path} is damaged; make the output again with --fresh") from None
-    changed = difference(found, wanted)
+    made = _made(context)
+    found, files = made.get("fingerprint", {}), made.get("source_files", {})
+    changed = difference(found | {"code": wanted["code"]}, wanted)
     if changed:
         raise OutputError(
             f"{context.output} was made differently: {changed};"
@@ -231,6 +232,18 @@ def _is_built(context: Context, wanted: dict[str, Any]) -> bool:
         )
     check_unchanged(context, files, context.output)
     return True
+
+
+def _made(context: Context) -> dict[str, Any]:
+    """How the output in place was made; OutputError where that cannot be read."""
+    path = context.output / CONVERSION
+    try:
+        made: dict[str, Any] = json.loads(path.read_text())
+        if isinstance(made, dict) and isinstance(made.get("fingerprint", {}), dict):
+            return made
+    except ValueError:
+        pass
+    raise OutputError(f"{path} is damaged; make the output again with --fresh")
 
 
 def _execute_building(

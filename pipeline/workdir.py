@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.checkpoint.reader import WORK
 from pipeline.checkpoint.writer import FileRecord, write_json
 from pipeline.errors import OutputError
 from pipeline.evaluate.speed import peak_device_bytes, peak_host_bytes
@@ -55,7 +56,7 @@ class WorkDirectory:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.root = output.with_name(output.name + ".partial")
-        self.internal = self.root / ".work"
+        self.internal = self.root / WORK
         self._lock: IO[str] | None = None
 
     def check(self) -> None:
@@ -67,6 +68,11 @@ class WorkDirectory:
         for path in (self.output, self.root):
             if path.exists() and not path.is_dir():
                 raise OutputError(f"{path} exists and is not a directory")
+            if path.exists() and path.stat().st_dev != path.parent.stat().st_dev:
+                raise OutputError(
+                    f"{path} is a file system of its own, so that nothing can be renamed to or from"
+                    " it; set output.path to a directory inside it"
+                )
         if _occupied(self.output) and not (self.output / CONVERSION).is_file():
             raise OutputError(
                 f"{self.output} is not empty and was not made by requant;"

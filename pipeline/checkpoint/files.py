@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.checkpoint.index import resolve_inside
 from pipeline.checkpoint.stored import DTYPES, TensorEntry
 from pipeline.errors import CheckpointError
+from pipeline.system_errors import advice
 
 GAP_BYTES = 64 * 1024
 """Bytes worth reading and dropping to save one call (a matrix's small parts lie a few kB apart)."""
@@ -110,7 +111,9 @@ class TensorFiles:
             try:
                 count = os.preadv(descriptor, [target[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+                raise CheckpointError(
+                    f"{file}: cannot be read ({error.strerror}){advice(error)}"
+                ) from error
             if count == 0:
                 raise CheckpointError(f"{file}: ends before byte {offset + len(target):,}; it has "
                                       "been changed since it was opened")  # fmt: skip
@@ -124,7 +127,9 @@ class TensorFiles:
                 try:
                     descriptor = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
-                    raise CheckpointError(f"{file}: cannot be opened ({error.strerror})") from error
+                    raise CheckpointError(
+                        f"{file}: cannot be opened ({error.strerror}){advice(error)}"
+                    ) from error
                 self._descriptors[file] = descriptor
             return descriptor
 

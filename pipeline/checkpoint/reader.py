@@ -32,6 +32,8 @@ from pipeline.quantize.tensor import QuantizedTensor
 
 LEGACY_CONFIG = "quantize_config.json"
 """Where AutoGPTQ kept what now stands in config.json's quantization_config."""
+WORK = ".work"
+"""What only an unfinished directory has: markers and state of the run."""
 MAX_TENSORS = 2_000_000
 """In a directory; the largest models have a quarter of that."""
 CONFIGS_WITH_CODE = ("config.json", "tokenizer_config.json")
@@ -92,6 +94,7 @@ class Checkpoint:
         """
         path = Path(path)
         with _collection_paused():
+            refuse_unfinished(path)
             layout = read_layout(path)
             config = _read_config(path)
             refuse_code(path)
@@ -373,6 +376,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise CheckpointError("config.json: quantization_config is not a table")
     return config
+
+
+def refuse_unfinished(path: Path) -> None:
+    """CheckpointError for the directory that a conversion is being built in: its tables may be in
+    place before all else is."""
+    if (path / WORK).is_dir():
+        raise CheckpointError(
+            f"{path} is the work of a conversion that is not finished; give the command that began"
+            " it once more, and use the result"
+        )
 
 
 def refuse_code(path: Path) -> None:

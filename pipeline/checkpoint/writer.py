@@ -26,6 +26,7 @@ from pipeline.checkpoint.names import natural
 from pipeline.checkpoint.seal import json_bytes
 from pipeline.checkpoint.stored import DTYPE_NAMES
 from pipeline.errors import OutputError
+from pipeline.system_errors import advice
 
 CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -94,8 +95,9 @@ def _atomic(path: Path) -> Iterator[_Digest]:
         finally:
             os.close(directory)
     except OSError as error:
-        advice = "; make room and give the same command again" if error.errno in FULL else ""
-        raise OutputError(f"{path}: cannot be written ({error.strerror}){advice}") from error
+        full = error.errno in FULL
+        helps = "; make room and give the same command again" if full else advice(error)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}){helps}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -18,7 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pipeline.errors import NumericalError
 from pipeline.quantize.backend import solver_backend
+from pipeline.quantize.factor import damped_factor
 from pipeline.quantize.precision import full_float32
 
 DAMPING = 0.03
@@ -56,7 +58,8 @@ def corrected(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     """W' of the module's text, float32 [E, out, in].
 
     `weight` [E, out, in]; `hessian`, `drift`: float32 [E, in, in], means over equally many tokens.
-    An expert without tokens has no drift and keeps its weight.
+    An expert without tokens has no drift and keeps its weight.  Raises NumericalError naming the
+    first matrix whose Hessian cannot be factorised at any damping, or whose W' is not finite.
     """
     columns = hessian.shape[-1]
     level = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
@@ -64,10 +67,17 @@ def corrected(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     level = torch.where(level > 0, level * DAMPING, 1.0)
     damped = hessian + level.view(-1, 1, 1) * torch.eye(columns, device=hessian.device)
     with full_float32():
-        factor = torch.linalg.cholesky(damped)
+        factor, _ = damped_factor(damped, level, "the Hessian")
         # Two batched triangular solves: on a GPU cholesky_solve takes five times as long.
         half = torch.linalg.solve_triangular(
             factor, (weight.float() @ drift).transpose(1, 2), upper=False
         )
         shift = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-        return weight.float() + shift.transpose(1, 2)
+        found = weight.float() + shift.transpose(1, 2)
+    fine = torch.isfinite(found).flatten(1).all(dim=1)
+    if not bool(fine.all()):
+        raise NumericalError(
+            f"what matrix {int((~fine).nonzero()[0, 0])} of the batch should make up for is NaN or"
+            " Inf; look for huge weights or activations, or set requantize.error_correction=false"
+        )
+    return found

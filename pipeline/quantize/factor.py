@@ -27,6 +27,8 @@ class Factored:
     """L's diagonal, float32 [E, in]."""
     added: Tensor
     """What was added to each diagonal, float32 [E]."""
+    raised: Tensor
+    """bool [E]: whether that had to be more than was asked for."""
 
 
 def factorise(hessian: Tensor, order: Tensor, damping: float) -> Factored:
@@ -49,25 +51,41 @@ def factorise(hessian: Tensor, order: Tensor, damping: float) -> Factored:
     # A matrix of zeros knows nothing of its inputs: all columns weigh the same.
     added = damping * torch.where(mean == 0, torch.ones_like(mean), mean)
     diagonal += added.unsqueeze(-1)
-    factor, info = torch.linalg.cholesky_ex(ordered)
-    pending = info.nonzero().flatten()
+    factor, raised = damped_factor(ordered, added, "the Hessian")
+    pivot = factor.diagonal(dim1=1, dim2=2).clone()
+    factor /= pivot.unsqueeze(1)
+    return Factored(order, ordered, factor, pivot, added, raised)
+
+
+def damped_factor(damped: Tensor, added: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of `damped`, float32 [E, n, n], and bool [E]: whose damping grew.
+
+    `added`: float32 [E], what is on each diagonal already.  A matrix that is not positive definite
+    gets ten times as much, up to `DAMPING_STEPS` times; `damped` and `added` are changed with it.
+    Raises NumericalError naming the first matrix that has no factor even so; `what`: it is.
+    """
+    factor, info = torch.linalg.cholesky_ex(damped)
+    # NaN passes some libraries' checks of the pivots.
+    failed = (info != 0) | ~torch.isfinite(factor.diagonal(dim1=1, dim2=2)).all(dim=1)
+    raised = failed.clone()
+    pending = failed.nonzero().flatten()
     for _step in range(DAMPING_STEPS):
         if not len(pending):
             break
-        again = ordered[pending]
+        again = damped[pending]
         again.diagonal(dim1=1, dim2=2).add_(9 * added[pending].unsqueeze(-1))
         added[pending] *= 10
-        ordered[pending] = again
-        factor[pending], info = torch.linalg.cholesky_ex(again)
-        pending = pending[info.nonzero().flatten()]
+        damped[pending] = again
+        found, info = torch.linalg.cholesky_ex(again)
+        factor[pending] = found
+        failed = (info != 0) | ~torch.isfinite(found.diagonal(dim1=1, dim2=2)).all(dim=1)
+        pending = pending[failed.nonzero().flatten()]
     if len(pending):
         raise NumericalError(
-            f"the Hessian of matrix {int(pending[0])} of the batch has no Cholesky factor even "
+            f"{what} of matrix {int(pending[0])} of the batch has no Cholesky factor even "
             f"with {DAMPING_STEPS} tenfold steps of damping; look for NaN or Inf in its inputs"
         )
-    pivot = factor.diagonal(dim1=1, dim2=2).clone()
-    factor /= pivot.unsqueeze(1)
-    return Factored(order, ordered, factor, pivot, added)
+    return factor, raised
 
 
 def column_importance(factored: Factored) -> Tensor:

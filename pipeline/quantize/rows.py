@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.quantize.factor import damped_factor
 from pipeline.quantize.grid import Grid
 
 ROW_BLOCKS = 16
@@ -34,13 +35,18 @@ def solve_rows(weight: Tensor, sensitivity: Tensor, solve: Solve) -> tuple[Tenso
     """Codes and grid of `weight` float32 [E, out, in] for the loss tr(M D H D^T).
 
     `sensitivity`: float32 [out, out], M up to a factor, the same for all matrices of the batch;
-    `solve`: quantises some rows of all matrices for a loss tr(D H D^T).
+    `solve`: quantises some rows of all matrices for a loss tr(D H D^T).  Raises NumericalError for
+    a sensitivity that cannot be factorised at any damping.
     """
     rows = weight.shape[1]
     damped = sensitivity.float().clone()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    added = DAMPING * damped.diagonal().mean()
+    # Nobody reads these outputs: all count alike.
+    added = torch.where(added > 0, added, torch.ones_like(added))
+    damped.diagonal().add_(added)
     order = damped.diagonal().argsort(stable=True)  # the last is processed first
-    factor = torch.linalg.cholesky(damped[order][:, order])
+    ordered = damped[order][:, order].unsqueeze(0)
+    factor = damped_factor(ordered, added.view(1), "the sensitivity")[0][0]
     width = -(-rows // ROW_BLOCKS)
     error = torch.empty_like(weight)  # rows in this order
     solved: list[tuple[Tensor, Grid]] = []

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.quantize.grid import SMALLEST_SCALE
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
@@ -21,6 +22,13 @@ class Solved:
     loss: Tensor
     """float32, the batch dimensions: tr((W-Q) H (W-Q)^T) / tr(W H W^T); H = identity where there
     is no Hessian, 0 where W H W^T is zero."""
+    raised: int = 0
+    """Matrices whose Hessian had a factor only with more damping than was asked for."""
+
+    @property
+    def smallest_scales(self) -> int:
+        """Groups on the smallest scale there is: all zeros, or too small for a finer grid."""
+        return int((self.quantized.arrays["scales"] <= SMALLEST_SCALE).sum())
 
 
 class Quantizer(Protocol):

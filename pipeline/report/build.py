@@ -101,6 +101,8 @@ def expert_figures(conversion: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "count": len(layers[0]["tokens"]),
         "fallback": 3 * len(counts) if rounded else 0,
+        "raised_damping": sum(layer.get("raised_damping", 0) for layer in layers),
+        "smallest_scales": sum(layer.get("smallest_scales", 0) for layer in layers),
         "tokens_min": min(counts),
         "tokens_median": statistics.median(counts),
         "without_tokens": sum(1 for count in counts if count == 0),

@@ -62,6 +62,11 @@ def result_table(report: Mapping[str, Any]) -> Table:
             ),
             ("matrices solved by plain rounding", str(experts["fallback"])),
         ]
+        odd = (
+            ("Hessians damped more than asked", "raised_damping"),
+            ("groups on the smallest scale (zeros, or tiny)", "smallest_scales"),
+        )
+        rows += [(what, f"{experts[key]:,}") for what, key in odd if experts.get(key)]
     verdict = "passed" if report["passed"] else "FAILED: " + "; ".join(report["failures"])
     for name, value in [*rows, ("verdict", verdict)]:
         table.add_row(name, value)

@@ -8,6 +8,8 @@ another machine.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -197,6 +199,10 @@ class SolvedTile:
     down_loss: list[float]
     effective_rank: list[float]
     """Of every expert's own inputs, nothing mixed in; empty for methods without statistics."""
+    raised_damping: int
+    """Factorisations that needed more damping than the recipe's."""
+    smallest_scales: int
+    """Groups on the smallest scale there is."""
 
 
 def decode_tile(job: TileSource, dtype: torch.dtype = COMPUTE_DTYPE) -> DenseTile:
@@ -266,7 +272,8 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
         if target is not None:
             wanted = target if layer.scale is None else (target / layer.scale).to(target.dtype)
             drift = routed_drift(wanted, inputs, offsets, emphasis)
-            weight = corrected(weight, hessian, drift / _share(counts, strength, job.device))
+            with _named(job, "gate and up"):
+                weight = corrected(weight, hessian, drift / _share(counts, strength, job.device))
     solved = _quantize(job, "gate and up", weight, hessian)
     gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
     del hessian, weight
@@ -283,6 +290,8 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
         gate_up_loss=solved.loss.tolist(),
         down_loss=solved_down.loss.tolist(),
         effective_rank=rank,
+        raised_damping=solved.raised + solved_down.raised,
+        smallest_scales=solved.smallest_scales + solved_down.smallest_scales,
     )
 
 
@@ -379,7 +388,8 @@ def _down_problem(
             wanted /= folded.repeat_interleave(counts.to(folded.device), dim=0)
         share = _share(counts, STRENGTH * job.inner, job.device)
         drift = routed_drift(wanted, actual, offsets, emphasis)
-        weight = corrected(weight, hessian, drift / share)
+        with _named(job, "down"):
+            weight = corrected(weight, hessian, drift / share)
     return weight, hessian
 
 
@@ -390,9 +400,16 @@ def _quantize(
     hessian: Tensor | None,
     sensitivity: Tensor | None = None,
 ) -> Solved:
-    """Solve a tile's matrices; the quantiser knows their numbers only, errors here say whose."""
-    try:
+    """Solve a tile's matrices."""
+    with _named(job, what):
         return job.quantizer.quantize(weight, hessian, job.scheme, job.options, sensitivity)
+
+
+@contextlib.contextmanager
+def _named(job: TileJob, what: str) -> Iterator[None]:
+    """The solver knows the matrices' numbers only; errors here say whose they are."""
+    try:
+        yield
     except NumericalError as error:
         first, last = job.experts.start, job.experts.stop - 1
         where = f"layer {job.layer}, {what} of experts {first} to {last}"

@@ -17,6 +17,7 @@ save the streams.  The last unit turns the evaluation stream into the reference.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,7 +156,8 @@ class Requantize:
             folded = self._folding.fold(layer, module, stored, streams.calibration)
             stored |= folded.tensors
             module = self._stream.build_layer(layer, stored)
-        packed, losses = self._dense_modules(layer, module, streams.calibration)
+        counted: Counter[str] = Counter(raised_damping=0, smallest_scales=0)
+        packed, losses = self._dense_modules(layer, module, streams.calibration, counted)
         written = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
         for name, parts in packed.items():
             written |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
@@ -171,10 +173,13 @@ class Requantize:
         )
         try:
             if sparse:
-                data |= self._experts(layer, recorded, source, target, folded, streams, output)
+                data |= self._experts(
+                    layer, recorded, source, target, folded, streams, output, counted
+                )
             else:
                 streams.calibration, streams.evaluation = recorded.base, source.base
                 streams.target = None if target is None else target.base
+            data |= counted
             streams.after = layer
             where = f"layer {layer}"
             check_finite(streams.evaluation, f"{where} of the source")
@@ -191,11 +196,11 @@ class Requantize:
         context.progress(f"layer {layer + 1} of {context.geometry.layers} solved")
 
     def _dense_modules(
-        self, layer: int, module: nn.Module, hidden: Tensor
+        self, layer: int, module: nn.Module, hidden: Tensor, counted: Counter[str]
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
         """Quantise the chosen modules outside the experts, in the order a forward pass meets them.
 
-        Each group is solved on a pass through what was quantised before it.
+        Each group is solved on a pass through what was quantised before it.  `counted` is added to.
         """
         architecture = self._context.architecture
         chosen = set(self._context.recipe.requantize.modules)
@@ -220,6 +225,8 @@ class Requantize:
                     part: stack[0].cpu() for part, stack in self._pack(solved.quantized).items()
                 }
                 losses[name] = float(solved.loss[0])
+                counted["raised_damping"] += solved.raised
+                counted["smallest_scales"] += solved.smallest_scales
                 dense = solved.quantized.dequantize(COMPUTE_DTYPE)[0]
                 linear.weight = nn.Parameter(dense, requires_grad=False)
         return packed, losses
@@ -252,6 +259,7 @@ class Requantize:
         folded: FoldedLayer,
         streams: Streams,
         output: LayerOutput,
+        counted: Counter[str],
     ) -> dict[str, Any]:
         """Solve a layer's experts tile by tile; advances the streams."""
         geometry = self._context.geometry
@@ -274,6 +282,8 @@ class Requantize:
             losses["gate_up_loss"] += result.gate_up_loss
             losses["down_loss"] += result.down_loss
             rank += [round(value, 2) for value in result.effective_rank]
+            counted["raised_damping"] += result.raised_damping
+            counted["smallest_scales"] += result.smallest_scales
             self._solved += len(result.job.experts)
             self._context.progress(
                 f"layer {layer + 1} of {geometry.layers}, expert {result.job.experts.stop}"

@@ -66,19 +66,18 @@ class Sensitivity:
                 matrix = self._read(name) * gain
                 # What moves all experts' scores alike moves none.
                 gram += _gram(matrix - matrix.mean(dim=0) if routes else matrix)
-                if not bool(torch.isfinite(gram).all()):
-                    raise NumericalError(
-                        f"layer {layer} cannot be weighed: products of {name} hold NaN or Inf"
-                    )
+                _require_finite(gram, f"layer {layer}", name)
             total += _unit(gram) * (ROUTER_SHARE if routes else 1)
         return total
 
     def _head(self) -> Tensor:
         a = self._architecture
         tied = f"{a.head}.weight" not in self._checkpoint.weights
-        head = self._read(f"{a.embedding if tied else a.head}.weight")
-        head = head * self._gain(f"{a.final_norm}.weight", a.norm_form)
-        return _unit(_gram(head - head.mean(dim=0)))
+        name = f"{a.embedding if tied else a.head}.weight"
+        head = self._read(name) * self._gain(f"{a.final_norm}.weight", a.norm_form)
+        gram = _gram(head - head.mean(dim=0))
+        _require_finite(gram, "the head", name)
+        return _unit(gram)
 
     def _gain(self, norm: str, form: str) -> Tensor:
         weight = self._read(norm)
@@ -86,6 +85,15 @@ class Sensitivity:
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.load(name, self._device).float()
+
+
+def _require_finite(gram: Tensor, what: str, name: str) -> None:
+    # The trace as well: it is what the sum is divided by.
+    if not bool(torch.isfinite(gram).all() & torch.isfinite(gram.diagonal().sum())):
+        raise NumericalError(
+            f"{what} cannot be weighed: products of {name} hold NaN or Inf; its weights are too"
+            " large, or set requantize.output_weighting=false"
+        )
 
 
 def _gram(matrix: Tensor) -> Tensor:

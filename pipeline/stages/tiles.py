@@ -57,6 +57,8 @@ class TileResult:
     gate_up_loss: list[float]
     down_loss: list[float]
     effective_rank: list[float]
+    raised_damping: int
+    smallest_scales: int
 
 
 class TileReader:
@@ -181,6 +183,8 @@ class TileCrew:
             gate_up_loss=solved.gate_up_loss,
             down_loss=solved.down_loss,
             effective_rank=solved.effective_rank,
+            raised_damping=solved.raised_damping,
+            smallest_scales=solved.smallest_scales,
         )
 
 

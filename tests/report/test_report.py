@@ -52,6 +52,8 @@ def test_experts():
     assert found == {
         "count": 4,
         "fallback": 0,
+        "raised_damping": 0,
+        "smallest_scales": 0,
         "tokens_min": flat[0],
         "tokens_median": (flat[5] + flat[6]) / 2,
         "without_tokens": flat.count(0),

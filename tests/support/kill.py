@@ -17,6 +17,7 @@ import torch
 from pipeline.recipe import parse_recipe
 from pipeline.run import run
 
+MODELING = "transformers.models.qwen3_next.modeling_qwen3_next"
 CHANGES = (
     (Path, "replace"),
     (Path, "rename"),
@@ -33,7 +34,7 @@ def process_context() -> multiprocessing.context.BaseContext:
         # What the server imports looks at the device, and CUDA does not survive a fork.
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.run", "bitsandbytes"])
+    context.set_forkserver_preload(["pipeline.run", "bitsandbytes", MODELING])
     return context
 
 

@@ -62,9 +62,10 @@ class Gptq:
             quantized = QuantizedTensor(scheme, arrays)
             lost = energy(matrices - quantized.dequantize(), moments)
             loss = relative(lost, energy(matrices, moments))
+        raised = int(factored.raised.sum())
         if weight.dim() == 2:
-            return Solved(quantized[0], loss[0])
-        return Solved(quantized, loss)
+            return Solved(quantized[0], loss[0], raised)
+        return Solved(quantized, loss, raised)
 
 
 def _solve(

@@ -1,0 +1,298 @@
+"""Rounds in which one process goes wrong: killed, or refused room on the disk."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "hf_" + "t" * 34
+STAGE = re.compile(r"\] ([a-z]+)[:\n]")
+MOST_RUNS = 6
+
+faults: Any = importlib.import_module("support.faults")
+recipes: Any = importlib.import_module("support.recipes")
+hub_module: Any = importlib.import_module("support.hub")
+Round = dict[str, Any]
+
+
+def project(folder: Path, name: str, *, demo: bool = False) -> Any:  # noqa: ANN401
+    """A recipe for a shipped model in a directory of its own, its texts the shipped ones."""
+    folder = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "calibration": ROOT / "calibration" / "docs-calib.txt",
+        "evaluation": ROOT / "calibration" / "docs-eval.txt",
+    }
+    made = recipes.Project(folder, texts)
+    if demo:
+        made.change(
+            source={"model": str(ROOT / "tests" / "models" / "qwen3-next-tiny-nf4")},
+            requantize={"group_size": 128},
+            calibration={"samples": 16, "sequence_length": 256},
+            validate={"window": 256, "stride": 128, "max_windows": 8},
+        )
+    return made
+
+
+def kills(
+    folder: Path, count: int, chance: random.Random, workers: int, *, demo: bool = False
+) -> dict[str, Any]:
+    """Conversions killed at random and resumed."""
+    whole = project(folder, "whole", demo=demo)
+    outcome = faults.requant(["run", whole.write()], whole.folder)
+    assert outcome.code == 0, outcome.said
+    expected = recipes.digests(whole.output)
+    last = next(i for i, o in enumerate(outcome.operations) if ".report.json." in o)
+    seconds = 0.0
+    plans = []
+    for number in range(count):
+        # One in four goes on into the validation, which takes as long as all before it.
+        end = ["--until", "validate" if number % 4 == 0 else "shard"]
+        reach = len(outcome.operations) if number % 4 == 0 else last
+        at = chance.randrange(reach) if number % 3 else None
+        share = chance.random() if at is None else None
+        again = chance.randrange(reach) if chance.random() < 0.25 else None
+        plans.append((number, at, share, again, end))
+
+    def one(plan: tuple[int, int | None, float | None, int | None, list[str]]) -> Round:
+        nonlocal seconds
+        number, at, share, again, end = plan
+        late = None if share is None else 0.5 + share * (seconds or 6.0)
+        fault = faults.Fault(at=at, seconds=late)
+        made = project(folder, str(number), demo=demo)
+        found = _killed(made, ["run", made.write(), *end], fault, again, expected)
+        # How long an uninterrupted run takes on this machine now, for the kills to come.
+        seconds = found["seconds"] if found["killed"] == 0 else seconds
+        return found
+
+    rounds = _side_by_side(one, plans, workers)
+    stages = Counter(r["stage"] for r in rounds if r["killed"])
+    summary = {
+        "rounds": count,
+        "kills": sum(r["killed"] for r in rounds),
+        "operations": len(outcome.operations),
+        "killed_in": dict(sorted(stages.items())),
+        "half_made_left": sum(r["half_made"] for r in rounds),
+        "half_made_accepted": sum(len(r["accepted"]) for r in rounds),
+        "damaged_under_the_final_name": sum(r["damaged"] for r in rounds),
+        "rounds_with_differing_bytes": sum(r["differs"] for r in rounds),
+        "files_left_beside": sum(r["left"] for r in rounds),
+    }
+    wrong = [r for r in rounds if r["accepted"] or r["damaged"] or r["differs"] or r["left"]]
+    return summary | {"wrong": wrong[:5], "passed": not wrong}
+
+
+def demo(folder: Path, count: int, chance: random.Random, workers: int) -> dict[str, Any]:
+    """As `kills`, on the demo model."""
+    return kills(folder, count, chance, workers, demo=True)
+
+
+def _killed(
+    made: Any,  # noqa: ANN401
+    command: list[Any],
+    fault: Any,  # noqa: ANN401
+    again: int | None,
+    expected: dict[str, str],
+) -> Round:
+    found: Round = {"fault": str(fault), "killed": 0, "half_made": 0, "accepted": [], "stage": ""}
+    found["damaged"] = False
+    started = time.monotonic()
+    for step in [fault] if again is None else [fault, faults.Fault(at=again)]:
+        outcome = faults.requant(command, made.folder, step)
+        if outcome.code == 0:
+            continue
+        stages = STAGE.findall(outcome.said)
+        found["killed"] += outcome.code == -9
+        found["stage"] = stages[-1] if stages else "start"
+        if faults.half_made(made.partial):
+            found["half_made"] += 1
+            found["accepted"] += faults.accepted(made.partial, made.folder)
+        if made.output.exists():
+            same = recipes.digests(made.output) == expected
+            found["damaged"] |= not same or bool(faults.verify_model(made.output))
+    found["seconds"] = time.monotonic() - started
+    outcome = faults.requant(command, made.folder)
+    found["differs"] = outcome.code != 0 or recipes.digests(made.output) != expected
+    if outcome.code:
+        found["said"] = outcome.said[-2000:]
+    found["left"] = sum(path.name not in ("out", "recipe.yaml") for path in made.folder.iterdir())
+    shutil.rmtree(made.folder)
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
+
+
+def publish(folder: Path, count: int, chance: random.Random, workers: int) -> dict[str, Any]:
+    """Publications killed at random and repeated."""
+    whole = project(folder, "whole")
+    assert faults.requant(["run", whole.write()], whole.folder).code == 0
+    with hub_module.HubServer() as hub:
+        copy = Path(shutil.copytree(whole.output, folder / "counted" / "model"))
+        outcome = _publish(hub, copy, None)
+    assert outcome.code == 0, outcome.said
+    plans = [
+        (number, chance.randrange(len(outcome.operations)) if number % 3 == 0 else None,
+         chance.uniform(0, 2))
+        for number in range(count)
+    ]  # fmt: skip
+
+    def one(plan: tuple[int, int | None, float]) -> Round:
+        number, at, seconds = plan
+        model = Path(shutil.copytree(whole.output, folder / str(number) / "model"))
+        fault = faults.Fault(at=at, seconds=None if at is not None else seconds)
+        with hub_module.HubServer() as hub:
+            outcome = _publish(hub, model, fault)
+            killed = outcome.code == -9
+            runs = 1
+            while outcome.code and runs < MOST_RUNS:
+                outcome, runs = _publish(hub, model, None), runs + 1
+            repo = hub.store.repos["model", "acme/micro"]
+            here = {p.name: p.read_bytes() for p in model.iterdir() if p.name[0] != "."}
+            there = {n: blob.data for n, blob in repo.head().items() if n[0] != "."}
+            shown = [{n for n in c.tree if n[0] != "."} for c in list(repo.commits.values())[1:]]
+        shutil.rmtree(model)
+        half = sum(names != here.keys() for names in shown)
+        return {"killed": killed, "differs": outcome.code != 0 or here != there, "half": half}
+
+    rounds = _side_by_side(one, plans, workers)
+    wrong = [r for r in rounds if r["differs"] or r["half"]]
+    return {
+        "rounds": count,
+        "kills": sum(r["killed"] for r in rounds),
+        "rounds_with_differing_bytes": sum(r["differs"] for r in rounds),
+        "commits_with_half_a_model": sum(r["half"] for r in rounds),
+        "wrong": wrong[:5],
+        "passed": not wrong,
+    }
+
+
+def _publish(hub: Any, model: Path, fault: Any) -> Any:  # noqa: ANN401
+    hub.store.token(TOKEN, user="ann", orgs=("acme",))
+    command = ["publish", model, "--repo", "acme/micro", "--license", "apache-2.0"]
+    return faults.requant(command, model.parent, fault, **hub.environment(TOKEN))
+
+
+def full(folder: Path, count: int, chance: random.Random, workers: int) -> dict[str, Any]:
+    """Conversions whose disk is full at every kind of operation, for every file."""
+    whole = project(folder, "whole")
+    outcome = faults.requant(["run", whole.write()], whole.folder)
+    assert outcome.code == 0, outcome.said
+    expected = recipes.digests(whole.output)
+    rooms = [i for i, o in enumerate(outcome.operations) if o.split()[0] in faults.TAKES_ROOM]
+    places = sorted(chance.sample(rooms, min(count, len(rooms))))
+    sizes = sorted({p.stat().st_size - 1 for p in whole.output.iterdir()} - {-1, 0})
+    plans = [
+        *((f"at-{at}", faults.Fault(at=at, error=faults.FULL)) for at in places),
+        *((f"size-{size}", faults.Fault(file_bytes=size)) for size in sizes if size > 1000),
+    ]
+
+    def one(plan: tuple[str, Any]) -> Round:
+        made = project(folder, plan[0])
+        return _refused(made, plan[1], expected)
+
+    rounds = _side_by_side(one, plans, workers)
+    real = _small_file_systems(folder, expected, chance) if _may_mount() else []
+    wrong = [r for r in [*rounds, *real] if r["differs"] or r["unclear"] or r["accepted"]]
+    return {
+        "rounds": len(rounds),
+        "operations_refused_at": len(places),
+        "file_sizes": len(plans) - len(places),
+        "refused": sum(r["refused"] for r in rounds),
+        "real_file_systems": len(real),
+        "real_refused": sum(r["refused"] for r in real),
+        "lost_outputs": sum(r["differs"] for r in [*rounds, *real]),
+        "half_made_accepted": sum(len(r["accepted"]) for r in rounds),
+        "unclear_lines": sum(r["unclear"] for r in [*rounds, *real]),
+        "lines": sorted({r["line"] for r in [*rounds, *real]})[:12],
+        "wrong": wrong[:5],
+        "passed": not wrong,
+    }
+
+
+def _refused(made: Any, fault: Any, expected: dict[str, str]) -> Round:  # noqa: ANN401
+    command = ["run", made.write()]
+    outcome = faults.requant(command, made.folder, fault)
+    line = outcome.line.replace(str(made.folder), "DIR")
+    taken = []
+    if faults.half_made(made.partial):
+        taken = faults.accepted(made.partial, made.folder)
+    again = faults.requant(command, made.folder)
+    found = {
+        "fault": str(fault),
+        "refused": outcome.code == 2,
+        "unclear": outcome.code not in (0, 2) or (outcome.code == 2 and not is_clear(outcome.said)),
+        "line": line if outcome.code == 2 else "",
+        "accepted": taken,
+        "differs": again.code != 0 or recipes.digests(made.output) != expected,
+    }
+    if found["unclear"] or found["differs"]:
+        found["said"] = [outcome.said[-1500:], again.said[-1500:]]
+    shutil.rmtree(made.folder)
+    return found
+
+
+def is_clear(said: str) -> bool:
+    """One line of ours at the end that says how to go on, and no traceback."""
+    last = said.strip().splitlines()[-1]
+    helps = "same command" in last or "make room" in last
+    return last.startswith("requant: ") and helps and "Traceback" not in said
+
+
+def _may_mount() -> bool:
+    probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /tmp"]
+    try:
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def _small_file_systems(
+    folder: Path, expected: dict[str, str], chance: random.Random
+) -> list[Round]:
+    """Another program fills the file system at a random moment; later it makes room again."""
+    found = []
+    for number in range(6):
+        made = project(folder, f"tmpfs-{number}")
+        recipe = made.write().rename(folder / f"tmpfs-{number}.yaml")
+        run = f"{sys.executable} -m pipeline run {recipe}"
+        script = f"""
+            mount -t tmpfs -o size=64m none {made.folder} || exit 9
+            ( sleep {chance.uniform(4, 9):.2f}; cat /dev/zero > {made.folder}/hog ) 2>/dev/null &
+            {run}; echo "code $?" >&2
+            wait; rm {made.folder}/hog
+            {run}; echo "code $?" >&2
+            cp -r {made.output} {folder}/result-{number}
+        """
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        first, _, rest = done.stderr.partition("code ")
+        code = int(rest[:1])
+        same = recipes.digests(folder / f"result-{number}") == expected
+        line = first.strip().splitlines()[-1] if code == 2 else ""
+        row = {"refused": code == 2, "differs": not same, "accepted": [], "line": line}
+        row["unclear"] = code not in (0, 2) or (code == 2 and not is_clear(first))
+        if row["unclear"] or row["differs"]:
+            row["said"] = done.stderr[-2000:]
+        found.append(row)
+    return found
+
+
+def _side_by_side(one: Callable[[Any], Round], plans: list[Any], workers: int) -> list[Round]:
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, plans))
