@@ -204,7 +204,11 @@ class WorkDirectory:
         self._discard()
 
     def recover(self) -> None:
-        """Complete a `publish` that was cut off; does nothing otherwise."""
+        """Complete a `publish` that was cut off, and sweep up what a killed process was writing into
+        the result (its report, page or card)."""
+        for left in self.output.glob(".*.tmp"):
+            if not _writer_lives(left):
+                left.unlink(missing_ok=True)
         if not self._aside(".work").exists():
             self._discard()
             return
@@ -257,6 +261,12 @@ def _occupied(path: Path) -> bool:
 def _without_links(path: str, flags: int) -> int:
     """Opens a file, but nothing that a link of that name leads to."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _writer_lives(temporary: Path) -> bool:
+    """Whether the process that a half-written file names still runs (`checkpoint.writer`)."""
+    number = temporary.name.split(".")[-2]
+    return number.isdigit() and Path(f"/proc/{number}").exists() and int(number) != os.getpid()
 
 
 def _sync_directory(path: Path) -> None:

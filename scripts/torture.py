@@ -1,11 +1,11 @@
 """Kills, full disks and crowds: the long part of the tests of what a conversion survives.
 
     .venv/bin/python scripts/torture.py [--json FILE] [--only PART ...] [--seed 0] [--workers 2]
-        [--kills 200] [--demo 12] [--publish 30] [--full 40] [--together 8] [--soak 200]
+        [--minutes N] [--kills 200] [--demo 12] [--publish 30] [--full 40] [--together 8] [--soak 200]
 
 kills     `requant run` on the micro model as a process of its own, killed by SIGKILL: at a file
           operation drawn at random (within writes too, half of the bytes written), or at a random
-          time; one in four is killed again while it resumes.  Then the same command to the end.
+          time; the resumed run is killed again, up to eight times.  Then the same command to the end.
 demo      the same on the trained demo model, with less calibration text.
 publish   `requant publish` to the tests' own Hub server, killed and repeated.
 full      the disk is full at a drawn operation; or no file may be larger than a drawn size; or a
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="rounds that run side by side")
+    parser.add_argument("--minutes", type=float, help="for each part; rounds begun are finished")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     commit = subprocess.run(
@@ -70,6 +71,8 @@ def main() -> None:
         )
         run: Callable[..., dict[str, Any]] = getattr(module, part)
         started = time.monotonic()
+        if options.minutes is not None:
+            os.environ["TORTURE_DEADLINE"] = str(started + 60 * options.minutes)
         with tempfile.TemporaryDirectory(prefix="torture-") as folder:
             chance = random.Random(f"{options.seed} {part}")
             found = run(Path(folder), getattr(options, part), chance, options.workers)

@@ -42,6 +42,14 @@ def test_less_memory_means_less_in_flight_and_at_last_a_refusal(project):
         _check_limits(STAGES["requantize"].jobs(context), context)
 
 
+def _no_memory():
+    """torch's own words for more than the machine has."""
+    try:
+        torch.empty(1 << 60)
+    except RuntimeError as error:
+        return error
+
+
 def _failing(error, layer):
     solve = tiles.solve_tile
 
@@ -58,6 +66,8 @@ def _failing(error, layer):
     [
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), r"memory ran out; finished .*--set"),
         (torch.AcceleratorError("CUDA error: gone\nmore"), r"the GPU failed \(CUDA error: gone\)"),
+        (MemoryError(), "the machine's memory ran out; finished layers are kept, free some"),
+        (_no_memory(), "the machine's memory ran out; finished layers are kept, free some"),
     ],
 )
 def test_a_device_that_fails_keeps_what_is_finished(

@@ -116,7 +116,8 @@ class TensorFiles:
                 ) from error
             if count == 0:
                 raise CheckpointError(f"{file}: ends before byte {offset + len(target):,}; it has "
-                                      "been changed since it was opened")  # fmt: skip
+                                      "been changed since it was opened; put the old file back, "
+                                      "then give the same command again")  # fmt: skip
             done += count
         self.bytes_read += len(target)
 

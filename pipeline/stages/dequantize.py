@@ -28,7 +28,7 @@ from pipeline.errors import CheckpointError, OutputError
 from pipeline.hub.fetch import listed_sha256
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import tiles
-from pipeline.stages.side_files import copy_side_files
+from pipeline.stages.side_files import copy_side_files, digest_side_files
 from pipeline.workdir import CONVERSION
 
 CHECK_UNIT = "dequantize-check"
@@ -106,7 +106,8 @@ class Dequantize:
         for weight in checkpoint.weights.values():
             formats[weight.format] = formats.get(weight.format, 0) + 1
         files = {p.name: identity(p) | {"sha256": d} for p, d in zip(paths, digests, strict=True)}
-        return {"files": files, "formats": formats}
+        side = digest_side_files(checkpoint.path)
+        return {"files": files, "side_files": side, "formats": formats}
 
     def _decodes(self, name: str) -> None:
         """Raise for a tensor that cannot be decoded."""
@@ -147,7 +148,7 @@ class Dequantize:
         write_json(folder / "model.safetensors.index.json", build_index(index))
         config = {k: v for k, v in context.checkpoint.config.items() if k != "quantization_config"}
         write_json(folder / "config.json", config | {"dtype": "bfloat16"})
-        copy_side_files(context.checkpoint.path, folder)
+        copy_side_files(context.checkpoint.path, folder, self._checked()["side_files"])
         write_json(folder / CONVERSION, made)
         write_sums(folder, digests)
         if target.exists():
@@ -158,10 +159,14 @@ class Dequantize:
         return {"path": str(target)}
 
     def _source_digests(self) -> dict[str, str]:
-        checked = self._context.work.finished(CHECK_UNIT)
-        assert checked is not None, "the check comes before the writing"
-        digests = {name: known["sha256"] for name, known in checked.data["files"].items()}
+        files = self._checked()["files"]
+        digests = {name: known["sha256"] for name, known in files.items()}
         return digests | {"config.json": digest_file(self._context.checkpoint.path / "config.json")}
+
+    def _checked(self) -> dict[str, Any]:
+        marker = self._context.work.finished(CHECK_UNIT)
+        assert marker is not None, "the check comes before the writing"
+        return marker.data
 
     def _names(self, layer: int | None) -> list[str]:
         a = self._context.architecture

@@ -39,7 +39,7 @@ from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job, planned
 from pipeline.stages.dequantize import CHECK_UNIT
 from pipeline.stages.formats import module_rules, output_format
-from pipeline.stages.side_files import copy_side_files
+from pipeline.stages.side_files import copy_side_files, digest_side_files
 from pipeline.stages.texts import text_licences
 from pipeline.stages.units import (
     ORIGINAL_FILE,
@@ -97,7 +97,8 @@ class Shard:
         ]
         units = [REFERENCE_UNIT, *([ORIGINAL_UNIT] if context.original else [])]
         last = [m for unit in units if (m := context.work.finished(unit)) is not None]
-        if len(last) != len(units) or len(layers) != context.geometry.layers:
+        checked = context.work.finished(CHECK_UNIT)
+        if checked is None or len(last) != len(units) or len(layers) != context.geometry.layers:
             raise OutputError(f"{root}: requantize is not finished; run it first")
         records = {r.name: r for m in [*layers, *last] for r in m.outputs}
         context.progress("gathering the tensors outside the experts")
@@ -126,7 +127,7 @@ class Shard:
             ),
         ]
         write_json(root / CONVERSION, self._conversion(started))
-        copy_side_files(context.checkpoint.path, root)
+        copy_side_files(context.checkpoint.path, root, checked.data["side_files"])
         seal(root, sealed)
         context.work.publish()
 
@@ -244,6 +245,7 @@ def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -
         _check_disk(work.output, sum(entry.nbytes for entry in checkpoint.entries.values()))
         work.clear()
         work.open(made)
+        side = digest_side_files(model)
         experts: dict[FileRecord, tuple[int, dict[str, int]]] = {}
         for layer in geometry.moe_layers:
             announce(f"layer {layer + 1} of {geometry.layers}")
@@ -254,7 +256,7 @@ def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -
         nonexpert = write_nonexpert(work.root, rest, checkpoint.read)
         sealed = write_tables(work.root, checkpoint.config, nonexpert, experts, {}, geometry)
         write_json(work.root / CONVERSION, with_digest({"schema": 1, "kind": "split"}))
-        copy_side_files(model, work.root)
+        copy_side_files(model, work.root, side)
         seal(work.root, [*sealed, *nonexpert, *experts])
         work.publish()
 

@@ -10,10 +10,11 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from torture_parts.faults import ROOT, TOKEN, hub_module, project, recipes
+from torture_parts.faults import ROOT, TOKEN, deadline, hub_module, project, recipes
 
 HUB_ID = "acme/tiny-nf4"
 WARM = 20
@@ -64,6 +65,8 @@ def soak(folder: Path, count: int, chance: random.Random, workers: int) -> dict[
     expected: dict[str, str] = {}
     differing = 0
     for number in range(count):
+        if time.monotonic() > deadline():
+            break
         made = project(folder, "soak")
         made.run()
         found = recipes.digests(made.output)
@@ -76,6 +79,7 @@ def soak(folder: Path, count: int, chance: random.Random, workers: int) -> dict[
         if number % 20 == 0:
             row = {"done": number + 1, "rss_mib": resident[-1] >> 20, "files": files[-1]}
             print(json.dumps(row), file=sys.stderr, flush=True)
+    count = len(files)
     first = min(WARM, count - 1)
     growth = resident[-1] / resident[first] - 1
     return {
