@@ -204,8 +204,10 @@ class WorkDirectory:
         self._discard()
 
     def recover(self) -> None:
-        """Complete a `publish` that was cut off, and sweep up what a killed process was writing into
-        the result (its report, page or card)."""
+        """Complete a `publish` that was cut off, and delete half-written files of a result.
+
+        The latter are what a killed process has left of a report, page or card.
+        """
         for left in self.output.glob(".*.tmp"):
             if not _writer_lives(left):
                 left.unlink(missing_ok=True)

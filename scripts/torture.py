@@ -1,11 +1,13 @@
 """Kills, full disks and crowds: the long part of the tests of what a conversion survives.
 
     .venv/bin/python scripts/torture.py [--json FILE] [--only PART ...] [--seed 0] [--workers 2]
-        [--minutes N] [--kills 200] [--demo 12] [--publish 30] [--full 40] [--together 8] [--soak 200]
+        [--minutes N]
+        [--kills 200] [--demo 12] [--publish 30] [--full 40] [--together 8] [--soak 200]
 
 kills     `requant run` on the micro model as a process of its own, killed by SIGKILL: at a file
           operation drawn at random (within writes too, half of the bytes written), or at a random
-          time; the resumed run is killed again, up to eight times.  Then the same command to the end.
+          time; the resumed run is killed again, up to eight times.  Then the same command once
+          more, to the end.
 demo      the same on the trained demo model, with less calibration text.
 publish   `requant publish` to the tests' own Hub server, killed and repeated.
 full      the disk is full at a drawn operation; or no file may be larger than a drawn size; or a
