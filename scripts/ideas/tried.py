@@ -229,6 +229,8 @@ class TokenWeights(Idea):
             gate_up_loss=solved.loss.tolist(),
             down_loss=down.loss.tolist(),
             effective_rank=[],
+            raised_damping=solved.raised + down.raised,
+            smallest_scales=solved.smallest_scales + down.smallest_scales,
         )
 
 
