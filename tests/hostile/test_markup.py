@@ -70,7 +70,6 @@ def test_a_card_of_hostile_texts(finished, tmp_path):
     safe = {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "pre", "code", "ul",
             "li", "strong"}  # fmt: skip
     assert {tag.lstrip("/") for tag in tags} - {""} <= safe
-    assert "49 " not in body
     assert (model / CARD_FILE).unlink() is None and write_card(model)
 
 
