@@ -60,8 +60,11 @@ def place(context: Context) -> Placement:
 def smallest(context: Context) -> Placement:
     """Streams in host memory, one tile at a time on the device."""
     streams, decoded = stream_bytes(context), _decoded_bytes(context.geometry)
-    work = max(tile_bytes(context), _forward_bytes(context)) + 2 * decoded
+    tile, forward = tile_bytes(context), _forward_bytes(context)
     on_host = context.device.type == "cpu"
+    # On the host the allocator keeps most of what the forward pass had, in blocks too small to be
+    # given back one by one.
+    work = (tile + forward if on_host else max(tile, forward)) + 2 * decoded
     need = streams + (work if on_host else decoded // 3)
     behind = _fitting(int(context.recipe.limits.host_memory) - need, decoded // 3, BEHIND)
     return Placement(
