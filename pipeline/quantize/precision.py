@@ -17,13 +17,15 @@ import torch
 def float32_products() -> dict[str, str]:
     """How the process computes float32 products outside the solver, by torch's own names.
 
-    "tf32" or "bf16" where they are rounded first; "ieee" or "none" (torch's default) where not.
+    "tf32" or "bf16" where they are rounded first, "ieee" where not.
     """
     backends: Any = torch.backends
-    return {
+    set_to = {
         "cuda": str(backends.cuda.matmul.fp32_precision),
         "cpu": str(backends.mkldnn.matmul.fp32_precision),
     }
+    # "none" is torch's default and computes the same; it is "ieee" once anybody has put it back.
+    return {device: "ieee" if name == "none" else name for device, name in set_to.items()}
 
 
 @contextmanager
