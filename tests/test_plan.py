@@ -212,11 +212,14 @@ def test_the_plan_is_what_is_run(project):
 
 GROWTH = """
 import resource, sys
+from pathlib import Path
 import bitsandbytes, psutil, transformers
-from pipeline.cli import main
+from pipeline.recipe import load_recipe
+from pipeline.run import run
+recipe = load_recipe(Path(sys.argv[1]))
 before = psutil.Process().memory_info().rss
-code = main(["run", sys.argv[1], "--until", "requantize"])
-print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+run(*recipe, quiet=True, until="requantize")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 """
 """In a process of its own: what the allocator keeps of earlier tests is not this run's."""
 
@@ -238,9 +241,9 @@ def test_memory_stays_below_the_estimate(project, texts):
         check=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
-    code, used = map(int, ran.stdout.split()[-2:])
-    assert code == 0
+    used = int(ran.stdout.split()[-1])
     # what libraries load on first use comes on top
+    print(f"used {used}, estimate {estimate}")
     assert used < estimate + 400e6, (used, estimate)
 
 
