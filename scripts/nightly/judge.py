@@ -101,11 +101,13 @@ class Place:
             command, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as running:
             assert running.stderr is not None
-            running.stderr.readline()
+            said = running.stderr.readline()
             second = subprocess.run(
                 command, cwd=self.folder, capture_output=True, text=True, check=False
             )
-            running.stderr.read()
+            said += running.stderr.read()
+        if running.returncode == 2 and b"[1/" not in said:  # no night was begun
+            raise SystemExit(f"the night did not start: {said.decode().strip()}")
         refused = f"exit code {second.returncode}: {second.stderr.strip()}"
         summary = json.loads((self.folder / "state/latest/summary.json").read_text())
         return running.returncode, summary, refused
