@@ -135,6 +135,15 @@ class Place:
         return [sys.executable, "-m", "pipeline", *map(str, arguments)]
 
 
+def speeds(summary: dict[str, Any]) -> str:
+    """The load of the machine, and what every run of a night decoded, for people to judge by."""
+    runs = [
+        " and ".join(f"{run.get('decode_tokens_per_second', 0):.0f}" for run in job["runs"])
+        for job in summary["jobs"]
+    ]
+    return f"load {os.getloadavg()[0]:.1f}, tokens/s {', '.join(runs)}"
+
+
 def bad_night(place: Place) -> list[str]:
     """Live through one bad night; what was not as it must be."""
     before = place.rows()
@@ -142,6 +151,7 @@ def bad_night(place: Place) -> list[str]:
     with Brake("slow", 1 / 3, place.folder):
         code, summary, refused = place.night()
     found = {job["job"]: job["outcome"] for job in summary["jobs"]}
+    print(f"  {speeds(summary)}")
     for job in summary["jobs"]:
         if job["outcome"] != "ok":
             print(f"  {job['job']}: {job['outcome']} ({job['state']}): {'; '.join(job['reasons'])}")
@@ -169,13 +179,10 @@ def main() -> int:
         started = time.monotonic()
         for number in range(1, given.good_nights + 1):
             code, summary, _ = place.night()
-            speeds = [f"{j['figures']['decode_tokens_per_second']:.1f}" for j in summary["jobs"]]
-            load = os.getloadavg()[0]
-            print(f"good night {number}, load {load:.1f}: exit code {code}", flush=True)
-            print(f"  decode, tokens/s: {', '.join(speeds)}", flush=True)
+            print(f"good night {number}, {speeds(summary)}: exit code {code}", flush=True)
             wrong += [f"good night {number}: {summary['summary']}"] if code else []
         for number in range(1, given.rounds + 1):
-            print(f"bad night {number}:")
+            print(f"bad night {number}:", flush=True)
             wrong += [f"bad night {number}: {what}" for what in bad_night(place)]
             code, summary, _ = place.night()
             states = {job["job"]: job["state"] for job in summary["jobs"]}
