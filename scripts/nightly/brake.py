@@ -19,10 +19,11 @@ class Brake:
     """
 
     def __init__(self, job: str, share: float, under: Path) -> None:
-        """`under`: where the night keeps its files; other nights' jobs are left alone."""
+        """`under`: where the night keeps its files, absolute; other nights' jobs are left alone."""
         self._under, self._mark = str(under), f"/{job}-"
         self._running, self._stopped = PERIOD * share, PERIOD * (1 - share)
         self._ended = threading.Event()
+        self._braked = False
         self._thread = threading.Thread(target=self._work)
 
     def __enter__(self) -> Brake:
@@ -32,6 +33,8 @@ class Brake:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        if not self._braked:
+            raise RuntimeError(f"no process of the job {self._mark[1:-1]} was found to be braked")
 
     def _work(self) -> None:
         process = None
@@ -39,6 +42,7 @@ class Brake:
             process = process or self._find()
             if process is not None:
                 process = process if self._signal(process, signal.SIGSTOP) else None
+                self._braked |= process is not None
                 time.sleep(self._stopped)
             if process is not None:
                 process = process if self._signal(process, signal.SIGCONT) else None

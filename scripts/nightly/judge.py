@@ -96,7 +96,8 @@ class Place:
 
     def night(self) -> tuple[int, dict[str, Any], str]:
         """One night: exit code, summary, and what a second start said to it."""
-        command = self._command("nightly", "recipes", "--state", "state")
+        # Absolute, so that the brake knows this night's jobs by their command lines.
+        command = self._command("nightly", "recipes", "--state", self.folder / "state")
         with subprocess.Popen(
             command, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as running:
