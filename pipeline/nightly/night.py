@@ -313,6 +313,8 @@ def _new_folder(nights: Path) -> Path:
 def _keep_newest(state: Path, count: int, latest: Path) -> None:
     """Point `latest` at tonight and delete all but the newest folders of nights."""
     link = state / "latest"
+    for left in state.glob(".latest.*"):  # of a night that was killed here; we hold the lock
+        left.unlink()
     fresh = state / f".latest.{os.getpid()}"
     fresh.symlink_to(latest.relative_to(state))
     fresh.replace(link)

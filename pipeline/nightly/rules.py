@@ -158,6 +158,11 @@ def _words(base: Baseline, values: Sequence[float]) -> str:
     value = values[worse.index(min(worse))]
     nights = "1 night" if base.nights == 1 else f"{base.nights} nights"
     return (
-        f"{base.figure.name} {value:.5g} is {min(worse):.1%} worse than the median of"
-        f" {nights}, {base.median:.5g} (noise {base.noise:.1%})"
+        f"{base.figure.name} {_number(value)} is {min(worse):.1%} worse than the median of"
+        f" {nights}, {_number(base.median)} (noise {base.noise:.1%})"
     )
+
+
+def _number(value: float) -> str:
+    """Five digits, and never a power of ten for what people count: tokens and bytes."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < math.inf else f"{value:.5g}"
