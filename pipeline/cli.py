@@ -197,6 +197,9 @@ def validate(
     model: Model,
     source: Annotated[Path | None, typer.Option(help="directory it was made from")] = None,
     text: Annotated[Path | None, typer.Option(help="with --source: the text to measure on")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="original of the source, to measure against as well")
+    ] = None,
     device_memory: Memory = "10GiB",
     json_file: Annotated[Path | None, typer.Option("--json", help="copy of the report")] = None,
 ) -> None:
@@ -206,6 +209,7 @@ def validate(
     Examples:
       requant validate out/demo
       requant validate out/demo --source tests/models/qwen3-next-tiny-nf4 --text my.txt
+      requant validate out/demo --reference models/Qwen3-Next-80B-A3B-Instruct
     """
     from pipeline.checkpoint.writer import write_json
     from pipeline.hub.cache import refuse_hub_cache
@@ -215,7 +219,7 @@ def validate(
         refuse_hub_cache(json_file)
     if json_file is not None and not json_file.parent.is_dir():
         raise OutputError(f"{json_file.parent}, where the report is to go, is not a directory")
-    report = revalidate(model, source, text, device_memory, _announce)
+    report = revalidate(model, source, text, reference, device_memory, _announce)
     if json_file is not None:
         write_json(json_file, report)
     _finish(report, False, json_file)

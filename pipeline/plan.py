@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from pipeline.calibration import check_source, load_tokenizer, read_text
+from pipeline.calibration import check_source, read_text
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import CheckpointError, RecipeError, ResourceError
 from pipeline.hub.fetch import with_headers
@@ -34,6 +34,7 @@ from pipeline.stages.folding import check_folds
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.side_files import side_files
+from pipeline.stages.source import check_original
 from pipeline.stages.texts import calibration_sources
 from pipeline.stages.validate import check_device_memory
 from pipeline.workdir import WorkDirectory
@@ -164,17 +165,8 @@ def _open_reference(
     path = with_headers(recipe.source.reference)
     original = Checkpoint.open(path)
     other = f"source.reference {path} is not the original of {checkpoint.path}"
-    if original.config.get("model_type") != architecture.model_type:
-        raise RecipeError(f"{other}: its model_type is {original.config.get('model_type')!r}")
-    its = asdict(geometry_of(architecture, original.config, str(path)))
-    for name, value in asdict(geometry).items():
-        if its[name] != value:
-            raise RecipeError(f"{other}: its {name} is {its[name]}, the source's is {value}")
+    check_original(original, checkpoint.path, architecture, geometry, other)
     _check_source(original, architecture, expected_shapes(original, architecture, geometry))
-    if (path / "tokenizer.json").is_file():
-        vocabularies = [load_tokenizer(p).get_vocab() for p in (path, checkpoint.path)]
-        if vocabularies[0] != vocabularies[1]:
-            raise RecipeError(f"{other}: its tokenizer has another vocabulary")
     return original
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.checkpoint.reader import WORK
-from pipeline.checkpoint.writer import FileRecord, write_json
+from pipeline.checkpoint.writer import FileRecord, sweep, write_json
 from pipeline.errors import OutputError
 from pipeline.evaluate.speed import peak_device_bytes, peak_host_bytes
 from pipeline.hub.cache import refuse_hub_cache
@@ -208,9 +208,7 @@ class WorkDirectory:
 
         The latter are what a killed process has left of a report, page or card.
         """
-        for left in self.output.glob(".*.tmp"):
-            if not _writer_lives(left):
-                left.unlink(missing_ok=True)
+        sweep(self.output)
         if not self._aside(".work").exists():
             self._discard()
             return
@@ -263,12 +261,6 @@ def _occupied(path: Path) -> bool:
 def _without_links(path: str, flags: int) -> int:
     """Opens a file, but nothing that a link of that name leads to."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def _writer_lives(temporary: Path) -> bool:
-    """Whether the process that a half-written file names still runs (`checkpoint.writer`)."""
-    number = temporary.name.split(".")[-2]
-    return number.isdigit() and Path(f"/proc/{number}").exists() and int(number) != os.getpid()
 
 
 def _sync_directory(path: Path) -> None:

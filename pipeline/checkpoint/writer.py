@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +35,9 @@ CHUNK_BYTES = 16 * 1024 * 1024
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room for a file, or may not be."""
+
+_LEFT = re.compile(r"\..+\.(\d+)\.tmp")
+"""What `_atomic` calls a file until it is whole: name and process."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class _Digest:
 def _atomic(path: Path) -> Iterator[_Digest]:
     """A stream to a file beside `path` that takes its place once flushed to the disk.
 
-    After an error the old file, if any, is as it was.  Mode 0666 less the umask, as for any other
+    After an error the old file, if any, is as it was.  The lock on it lasts as long as the process:
+    `sweep` tells by it what a killed one has left.  Mode 0666 less the umask, as for any other
     new file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -85,6 +92,8 @@ def _atomic(path: Path) -> Iterator[_Digest]:
             os.fdopen(os.open(temporary, flags, 0o666), "wb", buffering=0) as stream,
             ThreadPoolExecutor(1, thread_name_prefix="digest") as beside,
         ):
+            with contextlib.suppress(OSError):  # a file system without locks: nothing is swept
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             digest = _Digest(stream, beside)
             yield digest
             os.fsync(stream.fileno())
@@ -101,6 +110,24 @@ def _atomic(path: Path) -> Iterator[_Digest]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Delete the half-written files that killed processes have left in a folder.
+
+    Left alone: what a process writes that still runs, here or in another container, and whatever
+    is no plain file or cannot be opened or locked.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _LEFT.fullmatch(path.name)
+        if match is None or (int(match[1]) != os.getpid() and Path(f"/proc/{match[1]}").exists()):
+            continue
+        with contextlib.suppress(OSError):
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            with os.fdopen(os.open(path, flags), "rb", buffering=0) as stream:
+                if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:

@@ -75,6 +75,7 @@ def examine(recipe: NightlyRecipe) -> dict[str, Any]:
             model,
             Path(recipe.source) if recipe.source else None,
             Path(recipe.text) if recipe.text else None,
+            None,
             str(recipe.device_memory),
             say,
             threads=recipe.threads,

@@ -151,6 +151,34 @@ def token_map(layers: Sequence[LayerRecord]) -> Picture:
     return picture(title, alt, draw, height=min(1.4 + 0.16 * len(layers), 4.2))
 
 
+def rank_by_layer(layers: Sequence[LayerRecord]) -> Picture:
+    """Median effective rank of a layer's experts, the range of eight in ten, and the lowest."""
+    numbers = [layer.layer for layer in layers]
+    ranks = [layer.effective_rank for layer in layers]
+
+    def draw(axes: Sequence[Axes]) -> None:
+        (ax,) = axes
+        low, middle, high = (
+            [float(np.quantile(found, part)) for found in ranks] for part in (0.1, 0.5, 0.9)
+        )
+        ax.fill_between(numbers, low, high, color=ACCENT, alpha=0.18, linewidth=0)
+        marker = "o" if len(numbers) <= 12 else ""
+        ax.plot(numbers, middle, color=ACCENT, label="median", marker=marker, markersize=3)
+        ax.plot(numbers, [min(found) for found in ranks], "v", color=SECOND, label="lowest")
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("effective rank")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+    least = min(layers, key=lambda layer: min(layer.effective_rank))
+    alt = (
+        f"Effective rank of the experts' inputs over {len(layers)} layers; the lowest is"
+        f" {min(least.effective_rank):.1f}, in layer {least.layer}."
+    )
+    return picture("Effective rank by layer: median, and eight in ten", alt, draw, height=2.3)
+
+
 def stage_times(seconds: Mapping[str, float], planned: Mapping[str, float]) -> Picture:
     """Seconds of every stage, and what the plan said."""
     names = list(seconds)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.checkpoint.seal import sealed
-from pipeline.checkpoint.writer import write_bytes
+from pipeline.checkpoint.writer import sweep, write_bytes
 from pipeline.hub.cache import refuse_hub_cache
-from pipeline.report import sections
+from pipeline.report import sections, verdict
 from pipeline.report.build import PAGE_FILE
 from pipeline.report.page import render
 from pipeline.report.record import Record, read_record
@@ -21,13 +21,15 @@ def write_page(model: Path, to: Path | None = None) -> Path:
     """
     path = model / PAGE_FILE if to is None else to
     refuse_hub_cache(path)
+    if to is None:
+        sweep(model)
     write_bytes(path, sealed(model_page(read_record(model)) + "\n").encode())
     return path
 
 
 def model_page(record: Record) -> str:
     """The page as HTML."""
-    word, sentence = sections.headline(record.report)
+    word, sentence = verdict.headline(record.report)
     found = [
         sections.quality(record),
         sections.damage(record),
@@ -42,6 +44,6 @@ def model_page(record: Record) -> str:
         report=record.report,
         word=word,
         sentence=sentence,
-        tiles=sections.tiles(record.report),
+        tiles=verdict.tiles(record.report),
         sections=[section for section in found if section is not None],
     )

@@ -34,6 +34,18 @@ class Perplexity(_Part):
     interval: Interval | None = None
 
 
+class Original(_Part):
+    """The result against what the source was made from."""
+
+    name: str
+    perplexity: Number
+    source_perplexity_ratio: Number
+    perplexity_ratio: Number
+    perplexity_ratio_interval: Interval
+    kl_divergence: Number
+    top1_agreement: Number
+
+
 class Cost(_Part):
     """What the plan said that a stage would take."""
 
@@ -66,6 +78,7 @@ class LayerRecord(_Part):
 
     layer: int
     tokens: list[int] = []
+    effective_rank: list[Number] = []
     gate_up_loss: list[Number] = []
     down_loss: list[Number] = []
     dense_loss: dict[str, Number] = {}
@@ -92,6 +105,7 @@ class Report(_Part):
     kl_divergence_interval: Interval | None = None
     top1_agreement: Number
     top1_agreement_interval: Interval | None = None
+    reference: Original | None = None
     scored_tokens: int
     decode_tokens_per_second: Number
     prefill_tokens_per_second: Number

@@ -11,15 +11,9 @@ from pipeline.progress import duration, size
 from pipeline.report import charts
 from pipeline.report.figures import Picture
 from pipeline.report.page import Section, Table
-from pipeline.report.record import Interval, LayerRecord, Record, Report
+from pipeline.report.record import Interval, LayerRecord, Original, Record, Report
 from pipeline.report.words import percent
 
-WORDS = {
-    "perplexity_ratio": "perplexity ratio",
-    "kl_divergence": "KL divergence",
-    "top1_agreement": "top-1 agreement",
-    "decode_tokens_per_second": "decode speed",
-}
 CLASS_WORDS = {
     "experts_gate_up": "experts: gate and up",
     "experts_down": "experts: down",
@@ -28,41 +22,6 @@ CLASS_WORDS = {
     "shared_expert": "shared expert",
     "other": "other modules",
 }
-
-
-def headline(report: Report) -> tuple[str, str]:
-    """The verdict in a word and in a sentence."""
-    change = report.perplexity_ratio - 1
-    low, high = (bound - 1 for bound in report.perplexity_ratio_interval)
-    measured = (
-        f"Perplexity is {percent(abs(change))} {'above' if change >= 0 else 'below'} that of"
-        f" {report.baseline} (95 % interval {percent(low, sign=True)} to"
-        f" {percent(high, sign=True)}), and the likeliest next token is the same at"
-        f" {percent(report.top1_agreement, 1)} of {report.scored_tokens:,} positions."
-    )
-    if not report.passed:
-        missed = "; ".join(map(_in_words, report.failures))
-        return "Failed", f"{missed[:1].upper()}{missed[1:]}. {measured}"
-    judged = any(bound is not None for bound in report.thresholds.values())
-    return ("Passed" if judged else "Measured, not judged"), measured
-
-
-def tiles(report: Report) -> list[tuple[str, str, str]]:
-    """The figures that people ask for first: value, name, a word on it."""
-    on_gpu = report.machine.get("device", "cpu") != "cpu"
-    where = f"on {report.machine['device']}" if on_gpu else "on the CPU"
-    memory = f"loaded in {duration(report.load_seconds)}"
-    if report.peak_device_bytes:
-        memory = f"and {size(report.peak_device_bytes)} on the GPU"
-    low, high = report.perplexity_ratio_interval
-    return [
-        (f"{report.perplexity_ratio:.4f}", "perplexity ratio", f"{low:.4f} to {high:.4f}"),
-        (f"{report.kl_divergence:.4f}", "KL divergence", "nats per token"),
-        (percent(report.top1_agreement, 1), "top-1 agreement", "with the source"),
-        (f"{report.decode_tokens_per_second:,.1f}", "tokens/s, decoding", where),
-        (f"{report.prefill_tokens_per_second:,.0f}", "tokens/s, reading", where),
-        (size(report.peak_host_bytes), "host memory, peak", memory),
-    ]
 
 
 def quality(record: Record) -> Section:
@@ -118,7 +77,38 @@ def quality(record: Record) -> Section:
         " 95 %, from drawing whole windows of text anew 2,000 times, the same for both models."
     )
     head = ("measure", "source", "result", "95 % interval", "bound", "kept")
-    return Section("quality", "Quality", lead, tables=[Table("Result against source", head, rows)])
+    tables = [Table("Result against source", head, rows)]
+    if r.reference is not None:
+        tables.append(_against_original(r, r.reference))
+        lead += (
+            f" The second table is against {r.reference.name}, from which that source was made, on"
+            " the same text: what the source itself had lost is in it."
+        )
+    return Section("quality", "Quality", lead, tables=tables)
+
+
+def _against_original(report: Report, original: Original) -> Table:
+    """Source and result beside the original; the record holds no KL of the source from it."""
+    rows = [
+        [
+            "perplexity",
+            f"{original.perplexity:.4f}",
+            f"{report.source.perplexity:.4f}",
+            f"{report.quantized.perplexity:.4f}",
+            "",
+        ],
+        [
+            "perplexity ratio",
+            "1",
+            f"{original.source_perplexity_ratio:.4f}",
+            f"{original.perplexity_ratio:.4f}",
+            _interval(original.perplexity_ratio_interval, ".4f"),
+        ],
+        ["KL divergence, nats per token", "0", "", f"{original.kl_divergence:.5f}", ""],
+        ["top-1 agreement", "100 %", "", percent(original.top1_agreement), ""],
+    ]
+    head = ("measure", "original", "source", "result", "95 % interval")
+    return Table("Result against the original", head, rows)
 
 
 def damage(record: Record) -> Section | None:
@@ -170,6 +160,7 @@ def experts(record: Record) -> Section | None:
         return None
     counts = [count for layer in layers for count in layer.tokens]
     none = sum(1 for count in counts if count == 0)
+    ranked = all(layer.effective_rank for layer in layers)
     rows = []
     for layer in layers:
         ordered = sorted(layer.tokens)
@@ -185,7 +176,12 @@ def experts(record: Record) -> Section | None:
                 str(ordered.count(0)),
             ]
         )
-    head = ("layer", "fewest", "1 in 10 below", "median", "9 in 10 below", "most", "none")
+        if ranked:
+            ranks = layer.effective_rank
+            rows[-1] += [f"{min(ranks):.1f}", f"{statistics.median(ranks):.1f}"]
+    head = ["layer", "fewest", "1 in 10 below", "median", "9 in 10 below", "most", "none"]
+    if ranked:
+        head += ["rank: lowest", "median"]
     numbers = Table("tokens per expert, by layer", head, rows)
     rounded = record.report.experts.get("fallback", 0)
     lead = (
@@ -199,6 +195,12 @@ def experts(record: Record) -> Section | None:
         (charts.token_histogram(counts), None),
         (charts.token_map(layers), numbers),
     ]
+    if ranked:
+        lead += (
+            " The effective rank is in how many directions an expert's inputs spread: one that is"
+            " low beside the others' was calibrated on text of one kind."
+        )
+        pictures.append((charts.rank_by_layer(layers), None))
     return Section("experts", "What the experts saw", lead, pictures)
 
 
@@ -295,17 +297,11 @@ def recipe(record: Record) -> Section | None:
     """The recipe, untouched."""
     if not record.recipes:
         return None
-    lead = "As it was written, and with every default filled in; `requant run` takes either."
+    lead = "As it was written, and with every default filled in; requant run takes either."
     return Section("recipe", "Recipe", lead, folded=list(record.recipes.items()))
 
 
 _AT_LEAST = ("top1_agreement", "decode_tokens_per_second")
-
-
-def _in_words(failure: str) -> str:
-    """A failure without its figure's key; other texts as they are."""
-    key, space, rest = failure.partition(" ")
-    return f"{WORDS.get(key, key)}{space}{rest}"
 
 
 def _losses_by_class(record: Record, layers: Sequence[LayerRecord]) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.sums import ADDED, SUMS_NAME, UNSEALED, digest_file, read_sums
+from pipeline.checkpoint.writer import sweep
 from pipeline.errors import CheckpointError, HubError, OutputError
 from pipeline.hub.cache import refuse_hub_cache
 from pipeline.hub.client import check_repo, require_token
@@ -76,6 +77,7 @@ def publish_model(
         require_token()
     _check_finished(model)
     refuse_hub_cache(model)  # its card is written first
+    sweep(model)
     state = validation_state(model)
     if state is not None and not unvalidated:
         raise CheckpointError(

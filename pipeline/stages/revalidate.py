@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from pipeline.calibration import load_tokenizer, read_text, tokenize
+from pipeline.checkpoint.index import read_json
 from pipeline.checkpoint.reader import Checkpoint
-from pipeline.checkpoint.writer import write_json
+from pipeline.checkpoint.writer import sweep, write_json
 from pipeline.errors import CalibrationError, CheckpointError, RecipeError
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.windows import Windows, sliding_windows
 from pipeline.hub.cache import in_hub_cache
-from pipeline.models.skeleton import architecture_of
+from pipeline.models.skeleton import architecture_of, geometry_of
 from pipeline.plain_yaml import read_yaml
 from pipeline.progress import announce_rarely
 from pipeline.recipe import Recipe, Thresholds, Validate, parse_recipe
@@ -24,7 +25,7 @@ from pipeline.report.build import REPORT_FILE, existing_report
 from pipeline.report.card import write_card
 from pipeline.report.optional import page_beside
 from pipeline.sizes import parse_size
-from pipeline.stages.source import record_source
+from pipeline.stages.source import as_stored, check_original, record_source
 from pipeline.stages.units import REFERENCE_FILE
 from pipeline.stages.validate import validate_model
 from pipeline.threads import use_threads
@@ -35,6 +36,7 @@ def revalidate(
     model: Path,
     source: Path | None,
     text: Path | None,
+    reference: Path | None,
     device_memory: str,
     announce: Callable[[str], None],
     *,
@@ -44,7 +46,8 @@ def revalidate(
     """Measure `model` and return its report; a model of ours also keeps it as its report.json.
 
     `source`: stream this checkpoint anew for the predictions to compare with; without it the
-    model's own record serves.  `text`: what to measure on (with `source` only).  `threads`: CPU
+    model's own record serves.  `text`: what to measure on (with `source` only).  `reference`:
+    stream this one too, the original that the source was made from.  `threads`: CPU
     threads, in place of those of the model's recipe.  `keep`: false leaves the model untouched.
     """
     if not model.is_dir():
@@ -54,21 +57,29 @@ def revalidate(
     memory = parse_size(device_memory)
     recipe = _recipe(model)
     use_threads(threads or (recipe.limits.threads if recipe else None))
-    reference = None
-    if source is not None:
+    original = None if reference is None else _open_original(reference, model)
+    against, further = None, None
+    if source is not None or original is not None:
         windows, labels = _windows(model, text)
+    if source is not None:
         announce(f"recording the source {source}")
-        reference = _record(source, windows, labels, announce)
+        against = _record(_open(source), windows, labels, announce)
+    if original is not None:
+        name = as_stored(str(reference), original)
+        announce(f"recording the reference {name}")
+        further = name, _record(original, windows, labels, announce)
     report = validate_model(
         model,
         device_memory=memory,
         thresholds=_thresholds(model, recipe),
-        reference=reference,
+        reference=against,
+        original=further,
         progress=announce_rarely(announce),
     )
     if keep and in_hub_cache(model):
         announce("the report is not kept: the model lies in the Hub's cache, which is only read")
-    elif keep and (model / CONVERSION).is_file() and source is None:
+    elif keep and (model / CONVERSION).is_file() and source is None and reference is None:
+        sweep(model)
         write_json(model / REPORT_FILE, report)
         page_beside(model)
         write_card(model)
@@ -112,12 +123,28 @@ def _windows(model: Path, text: Path | None) -> tuple[Windows, dict[str, str]]:
     return windows, {"text": Path(chosen).name, "text_sha256": digest}
 
 
-def _record(
-    source: Path, windows: Windows, labels: dict[str, str], announce: Callable[[str], None]
-) -> Reference:
-    checkpoint = Checkpoint.open(source)
+def _open(path: Path) -> Checkpoint:
+    checkpoint = Checkpoint.open(path)
     if checkpoint.headers_only:
-        raise CheckpointError(f"{source} holds headers only; it cannot be measured against")
-    architecture = architecture_of(checkpoint.config, str(source))
+        raise CheckpointError(f"{path} holds headers only; it cannot be measured against")
+    return checkpoint
+
+
+def _open_original(path: Path, model: Path) -> Checkpoint:
+    original, config = _open(path), read_json(model, "config.json")
+    architecture = architecture_of(config, str(model))
+    geometry = geometry_of(architecture, config, str(model))
+    other = f"--reference {path} is not the original of {model}"
+    check_original(original, model, architecture, geometry, other)
+    return original
+
+
+def _record(
+    checkpoint: Checkpoint,
+    windows: Windows,
+    labels: dict[str, str],
+    announce: Callable[[str], None],
+) -> Reference:
+    architecture = architecture_of(checkpoint.config, str(checkpoint.path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return record_source(checkpoint, architecture, windows, labels, device, progress=announce)

@@ -40,6 +40,7 @@ from pipeline.stages.context import Context, Job, planned
 from pipeline.stages.dequantize import CHECK_UNIT
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.side_files import copy_side_files, digest_side_files
+from pipeline.stages.source import as_stored
 from pipeline.stages.texts import text_licences
 from pipeline.stages.units import (
     ORIGINAL_FILE,
@@ -184,15 +185,10 @@ class Shard:
         """What the result is measured against: the source and, where it was given, the original;
         each with the form that most of it is in."""
         context = self._context
-        found = {"baseline": _as_stored(context.recipe.source.model, context.checkpoint)}
+        found = {"baseline": as_stored(context.recipe.source.model, context.checkpoint)}
         if context.original is not None and context.recipe.source.reference is not None:
-            found["reference"] = _as_stored(context.recipe.source.reference, context.original)
+            found["reference"] = as_stored(context.recipe.source.reference, context.original)
         return found
-
-
-def _as_stored(name: str, checkpoint: Checkpoint) -> str:
-    formats = checkpoint.describe().formats
-    return f"{name} as stored ({max(formats, key=lambda kind: formats[kind].elements)})"
 
 
 Read = Callable[[str], Tensor]

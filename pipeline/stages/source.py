@@ -6,14 +6,20 @@ For models whose record is missing: conversions record the source on the way (re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pipeline.calibration import load_tokenizer
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.errors import RecipeError
 from pipeline.evaluate.reference import Reference, ReferenceBuilder
 from pipeline.evaluate.windows import Windows
 from pipeline.models import Architecture
+from pipeline.models.architecture import Geometry
+from pipeline.models.skeleton import geometry_of
 from pipeline.stages.experts import TileSource, decode_tile, sort_by_expert, tile_output, tiles
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, check_finite
 
@@ -63,3 +69,28 @@ def record_source(
     for first, logits in stream_logits(checkpoint, architecture, windows, device, dtype, progress):
         builder.add(first, logits)
     return builder.build()
+
+
+def check_original(
+    original: Checkpoint, model: Path, architecture: Architecture, geometry: Geometry, other: str
+) -> None:
+    """RecipeError unless `original` has the form and the tokenizer of the model in `model`.
+
+    `other` begins the message: what is not the original of what.
+    """
+    if original.config.get("model_type") != architecture.model_type:
+        raise RecipeError(f"{other}: its model_type is {original.config.get('model_type')!r}")
+    its = asdict(geometry_of(architecture, original.config, str(original.path)))
+    for name, value in asdict(geometry).items():
+        if its[name] != value:
+            raise RecipeError(f"{other}: its {name} is {its[name]}, the source's is {value}")
+    if (original.path / "tokenizer.json").is_file():
+        vocabularies = [load_tokenizer(path).get_vocab() for path in (original.path, model)]
+        if vocabularies[0] != vocabularies[1]:
+            raise RecipeError(f"{other}: its tokenizer has another vocabulary")
+
+
+def as_stored(name: str, checkpoint: Checkpoint) -> str:
+    """A checkpoint's name with the form that most of it is in."""
+    formats = checkpoint.describe().formats
+    return f"{name} as stored ({max(formats, key=lambda kind: formats[kind].elements)})"

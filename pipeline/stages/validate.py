@@ -143,16 +143,19 @@ def validate_model(
     device_memory: int,
     thresholds: Mapping[str, float | None],
     reference: Reference | None = None,
+    original: tuple[str, Reference] | None = None,
     progress: Callable[[str], None] = lambda _message: None,
     estimate: Estimate | None = None,
 ) -> dict[str, Any]:
     """Measure a model directory against `reference`, or against the record it contains.
 
-    `estimate`: what the plan said that this would take.  Returns the report.
+    `original`: name and predictions, on the same windows, of what the source was made from; without
+    it that record serves too, if there is one and `reference` is not given.  `estimate`: what the
+    plan said that this would take.  Returns the report.
 
     Raises CheckpointError when there is no record.
     """
-    original: Reference | None = None
+    conversion = _conversion(model)
     if reference is None:
         path = model / REFERENCE_FILE
         if not path.is_file():
@@ -160,23 +163,23 @@ def validate_model(
                 f"{model} holds no {REFERENCE_FILE}; give the source it was made from with --source"
             )
         reference = Reference.load(path)
-        if (model / ORIGINAL_FILE).is_file():
-            original = Reference.load(model / ORIGINAL_FILE)
+        if original is None and (model / ORIGINAL_FILE).is_file():
+            name = str(conversion.get("reference", "the original"))
+            original = name, Reference.load(model / ORIGINAL_FILE)
     started = time.monotonic()
     reset_peaks()  # a conversion in the same process is no part of the result
     progress("loading the model")
     loaded, load_seconds = timed(lambda: hybrid.load(model, device_memory=device_memory))
-    references = [reference] if original is None else [reference, original]
+    references = [reference] if original is None else [reference, original[1]]
     comparison, *others = compare_each(loaded, references, progress=progress)
     prompt = reference.windows.token_ids[0, :PROMPT_TOKENS]
     speed = measure(loaded, prompt, decode_tokens=DECODE_TOKENS)
-    conversion = _conversion(model)
     report = {
         "schema": 1,
         "model": model.name,
         "validated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **measured(comparison, speed, load_seconds),
-        "reference": reference_figures(conversion.get("reference"), comparison, others),
+        "reference": reference_figures(original[0] if original else None, comparison, others),
         "placement": loaded.hybrid_placement,
         "experts": expert_figures(conversion),
         "stages": conversion.get("stages", {})

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoint.header import read_header
 from pipeline.checkpoint.sums import SUMS_NAME, check_sums, read_sums, write_sums
-from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
+from pipeline.checkpoint.writer import (
+    FileRecord,
+    sweep,
+    write_bytes,
+    write_json,
+    write_safetensors,
+)
 from pipeline.errors import CheckpointError, OutputError
 
 
@@ -172,3 +179,48 @@ def test_sums_of_others(tmp_path):
 def test_record_is_json(tmp_path):
     record = write_json(tmp_path / "j", {"a": 1})
     assert json.loads((tmp_path / record.name).read_text()) == {"a": 1}
+
+
+NOBODY = 1 << 22
+"""No process has this number: Linux ends below it."""
+
+
+def test_a_killed_writers_file_is_swept_and_a_living_ones_is_not(tmp_path):
+    program = """
+import sys, time
+from pathlib import Path
+from pipeline.checkpoint.writer import _atomic
+with _atomic(Path(sys.argv[1])) as digest:
+    digest.write(b"half of it")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "report.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "writing\n"
+        (half,) = tmp_path.iterdir()
+        sweep(tmp_path)
+        assert half.exists()
+        # As another container sees it: the number is no process of its own, the lock is held.
+        elsewhere = half.with_name(f".report.json.{NOBODY}.tmp")
+        half.rename(elsewhere)
+        sweep(tmp_path)
+        assert elsewhere.exists()
+        writer.kill()
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_a_half_written_file_of_ours_stays(tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("x")
+    for name in (".notes.tmp", ".a.b.tmp", "a.1.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / f".link.{NOBODY}.tmp").symlink_to(kept)
+    (tmp_path / f".folder.{NOBODY}.tmp").mkdir()
+    os.mkfifo(tmp_path / f".pipe.{NOBODY}.tmp")
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / f".README.md.{NOBODY}.tmp").write_text("half")
+    sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before and kept.read_text() == "x"
+    sweep(tmp_path / "nowhere")

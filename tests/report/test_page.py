@@ -162,6 +162,21 @@ def test_a_model_that_others_made(model):
     assert "Result against source" in text and "What the experts saw" not in text
 
 
+def test_effective_rank(model):
+    """In the picture's words and in the table; left out where layers do not record it."""
+    conversion = json.loads((model / "conversion.json").read_text())
+    conversion["layers"][0]["effective_rank"][3] = 1.25
+    (model / "conversion.json").write_text(json.dumps(conversion))
+    page = Outline(model_page(read_record(model)))
+    assert "rank: lowest" in page.text and "1.2" in page.text
+    assert any(f"the lowest is 1.2, in layer {conversion['layers'][0]['layer']}" in (v or "")
+               for v in page.values("aria-label"))  # fmt: skip
+    for layer in conversion["layers"]:
+        del layer["effective_rank"]
+    (model / "conversion.json").write_text(json.dumps(conversion))
+    assert "ffective rank" not in Outline(model_page(read_record(model))).text
+
+
 def test_experts_without_tokens(model):
     conversion = json.loads((model / "conversion.json").read_text())
     for layer in conversion["layers"]:

@@ -222,6 +222,13 @@ def test_a_damaged_model_is_refused(cli, hub, model):
     assert not hub.requests
 
 
+def test_what_a_kill_left_of_a_card_is_swept(cli, hub, model):
+    left = model / f".README.md.{1 << 22}.tmp"  # no process of Linux has this number
+    left.write_text("half")
+    assert cli("publish", model, *SAID).code == 0
+    assert not left.exists() and _visible(hub) == _on_disk(model)
+
+
 def test_a_token_in_a_file_is_not_published(cli, hub, model):
     recipe = model / "recipe.yaml"
     recipe.write_text(f"# {HUB_TOKEN}\n{recipe.read_text()}")

@@ -58,6 +58,15 @@ def test_both_baselines_are_reported(project, micro, original, cli):
     expected = torch.tensor(total / count).exp()
     assert found["perplexity"] == pytest.approx(float(expected), rel=0.01)
 
+    # The page says it too, and measuring against the original anew finds the same.
+    page = (project.output / "report.html").read_text()
+    assert "Result against the original" in page and f"{found['kl_divergence']:.5f}" in page
+    file = project.folder / "again.json"
+    answer = cli("validate", project.output, "--reference", original, "--json", file)
+    assert answer.code == 0, answer.err
+    assert json.loads(file.read_text())["reference"] == found
+    assert project.report() == report  # not kept: what the model records is its own
+
     assert cli("verify", project.output).code == 0
     sealed = (project.output / "SHA256SUMS").read_text()
     assert ORIGINAL_FILE in sealed
@@ -114,3 +123,13 @@ def test_what_is_not_the_original(project, original, tmp_path, cli, case):
     answer = cli("run", project.change(source={"reference": str(copy)}).write())
     assert answer.code == 2 and said in answer.err, answer.err
     assert answer.err.count("\n") == 1 and not project.partial.exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_the_original_of_a_finished_model(finished, original, tmp_path, cli, case):
+    spoil, said = CASES[case]
+    copy = shutil.copytree(original, tmp_path / "copy")
+    spoil(copy)
+    answer = cli("validate", finished.output, "--reference", copy)
+    assert answer.code == 2 and answer.err.count("\n") <= 2, answer.err
+    assert (said if case != "gone" else "not a directory") in answer.err, answer.err
