@@ -313,6 +313,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text to continue")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     device_memory: Memory = "10GiB",
+    placement: Annotated[
+        str,
+        typer.Option(help="cpu, resident, zero-copy, auto, or parts: zero-copy:0.5,cpu:0.5"),
+    ] = "cpu",
     verify: Annotated[bool, typer.Option("--verify", help="check SHA256SUMS first")] = False,
 ) -> None:
     """Continue a text with a model loaded hybrid; prints tokens per second at the end.
@@ -330,7 +334,7 @@ def generate(
     if verify and (problems := check_sums(model)):
         raise CheckpointError(f"{model}: {problems[0]}; `requant verify` tells all that is wrong")
     use_threads()
-    rate = stream_text(model, prompt, max_new_tokens, device_memory, sys.stdout)
+    rate = stream_text(model, prompt, max_new_tokens, device_memory, sys.stdout, placement)
     typer.echo(f"\n{rate:.1f} tokens/s", err=True)
 
 

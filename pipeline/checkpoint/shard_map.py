@@ -85,15 +85,30 @@ class Placement:
 def place(
     memory_gib: int, nonexpert_nbytes: int, layers: Mapping[int, LayerExperts], reserve: Reserve
 ) -> Placement:
-    """Fill the memory that is left with experts.
+    """Fill the memory that is left with experts, see `fill`."""
+    free = memory_gib * GIB - nonexpert_nbytes - reserve.total
+    if free < 0:
+        return Placement(memory_gib, False, free, dict.fromkeys(layers, 0), None)
+    resident = fill(free, layers)
+    shares = {layer: experts.shares() for layer, experts in layers.items()}
+    hits = None
+    if shares and all(known is not None for known in shares.values()):
+        found = [
+            sum(sorted(known, reverse=True)[: resident[layer]])
+            for layer, known in shares.items()
+            if known is not None
+        ]
+        hits = round(min(sum(found) / len(found), 1.0), 4)
+    return Placement(memory_gib, True, free, resident, hits)
+
+
+def fill(free: int, layers: Mapping[int, LayerExperts]) -> dict[int, int]:
+    """Layer -> how many of its experts, the most used first, go into `free` bytes.
 
     Where calls were counted, the most used experts of all layers go first (per byte); where not,
     every layer gets the same number, earlier layers one more.
     """
-    free = memory_gib * GIB - nonexpert_nbytes - reserve.total
     resident = dict.fromkeys(layers, 0)
-    if free < 0:
-        return Placement(memory_gib, False, free, resident, None)
     shares = {layer: experts.shares() for layer, experts in layers.items()}
     wishes: list[tuple[float, int, int]] = []
     for layer, experts in layers.items():
@@ -111,15 +126,7 @@ def place(
             continue
         resident[layer] += 1
         left -= size
-    hits = None
-    if shares and all(known is not None for known in shares.values()):
-        found = [
-            sum(sorted(known, reverse=True)[: resident[layer]])
-            for layer, known in shares.items()
-            if known is not None
-        ]
-        hits = round(min(sum(found) / len(found), 1.0), 4)
-    return Placement(memory_gib, True, free, resident, hits)
+    return resident
 
 
 def build_shard_map(

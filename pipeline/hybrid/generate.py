@@ -38,6 +38,7 @@ def stream_text(
     max_new_tokens: int,
     device_memory: str | int | None,
     out: TextIO,
+    placement: str = "cpu",
 ) -> float:
     """Write the continuation of `prompt` to `out`; return tokens per second after the first token.
 
@@ -50,7 +51,7 @@ def stream_text(
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if not ids.numel():
         raise UserError("the prompt has no tokens: give at least a word")
-    loaded = load(path, device_memory=device_memory)
+    loaded = load(path, device_memory=device_memory, placement=placement)
     ids = ids.to(loaded.device)
     stream = _Stream(tokenizer, out)
     with torch.inference_mode():

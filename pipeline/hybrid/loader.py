@@ -8,13 +8,14 @@ is a second copy of more than one layer's experts in memory.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline.checkpoint import Checkpoint, StoredWeight
 from pipeline.checkpoint.names import expert_of, natural
+from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.backends import Matrices
 from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
+from pipeline.hybrid.packed import PackedStack, pack
+from pipeline.hybrid.placing import ROADS, Road, Table, count
+from pipeline.hybrid.roads import check_memory, choose, known_use
 from pipeline.hybrid.stored import stack_rows, to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -39,6 +44,9 @@ from pipeline.models.skeleton import (
 from pipeline.quantize.tensor import QuantizedTensor
 from pipeline.sizes import parse_size
 
+if TYPE_CHECKING:
+    from pipeline.hybrid.split import SplitExperts
+
 log = logging.getLogger(__name__)
 
 
@@ -46,15 +54,22 @@ def load(
     path: Path | str,
     *,
     device_memory: str | int | None = None,
+    host_memory: str | int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    placement: str = "cpu",
 ) -> PreTrainedModel:
     """Load a directory for inference; `generate`, `forward` and the rest work as usual.
 
     device_memory: bytes, or a size such as "10GiB", that weights outside the experts may take on
     the GPU; kept to without a GPU too, so that a promise made on one machine holds on another.
+    host_memory: the same for experts in RAM.
     device: where all but the experts goes; by default the first GPU if there is one.
     dtype: of activations and dense tensors, bfloat16, or float32 (exact, and slow on experts).
+
+    placement: where experts are computed, see `pipeline.hybrid.placing`: "cpu"; "resident" or
+    "zero-copy" (a GPU computes them, from its own or from pinned host memory); parts of each layer
+    such as "resident:0.1,zero-copy:0.5,cpu:0.4"; or "auto", by memory, use and a short measurement.
 
     The model gains `hybrid_placement` (where things are, bytes, back ends, load seconds) and
     `hybrid_quantization` (config.json's quantization_config, which transformers must not see).
@@ -69,7 +84,10 @@ def load(
     target = _choose_device(device)
     checkpoint = Checkpoint.open(path)
     loader = _Loader(checkpoint, target, dtype)
-    loader.check_memory(limit)
+    need = loader.check_memory(limit)
+    loader.choose_roads(
+        placement, need, limit, None if host_memory is None else parse_size(host_memory)
+    )
     with torch.inference_mode(False), torch.no_grad():
         loader.fill()
     checkpoint.close()
@@ -101,6 +119,8 @@ class _Loader:
         self._backends: dict[str, Counter[str]] = {"experts": Counter(), "linears": Counter()}
         self._bytes = {"experts": 0, "quantized_linears": 0, "dense": 0}
         self._rounded: list[str] = []
+        self._roads: Table = {}
+        self._by_road: Counter[str] = Counter()
 
     def _sort_weights(self) -> None:
         """Which weights outside the experts stay quantised, which are dense, which are not ours."""
@@ -114,8 +134,8 @@ class _Loader:
             packed = linear and self.checkpoint.is_packed(name)
             (self.linears if packed else self.dense).append(weight)
 
-    def check_memory(self, limit: int | None) -> None:
-        """ResourceError when what goes to the device is more than `limit` or than is free."""
+    def check_memory(self, limit: int | None) -> int:
+        """Bytes outside the experts; ResourceError when they exceed `limit` or what is free."""
         need = sum(weight.nbytes for weight in self.linears)
         need += sum(weight.elements for weight in self.dense) * self.dtype.itemsize
         gib = f"{need / 2**30:.2f} GiB"
@@ -132,6 +152,33 @@ class _Loader:
                     f"{free / 2**30:.2f} GiB are free on {self.device}: "
                     "free some, or use device cpu"
                 )
+        return need
+
+    def choose_roads(self, placement: str, need: int, limit: int | None, host: int | None) -> None:
+        """Fill the table; ResourceError when experts do not fit where it wants them.
+
+        need: bytes that the rest takes on the device; limit and host: of device and RAM.
+        """
+        where = str(self.checkpoint.path)
+        layers = self._layer_experts()
+        self._roads = choose(placement, layers, self.device, need, limit)
+        check_memory(self._roads, layers, need, limit, host, where)
+
+    def _layer_experts(self) -> dict[int, LayerExperts]:
+        """Size and use of each layer's experts; use is known where there is a shard map."""
+        architecture, experts = self.architecture, self.geometry.experts
+        shares = known_use(self.checkpoint.path)
+        layers = {}
+        for layer in self.geometry.moe_layers:
+            size = 0
+            for projection in (architecture.gate, architecture.up, architecture.down):
+                name = architecture.expert_module(layer, 0, projection) + ".weight"
+                self._check_expert(name)
+                size += self.checkpoint.weights[name].nbytes
+            calls = shares.get(layer)
+            fits = calls is not None and len(calls) == experts
+            layers[layer] = LayerExperts(experts, size, calls if fits else None)
+        return layers
 
     def fill(self) -> None:
         """Give every module of the skeleton its weights."""
@@ -155,11 +202,13 @@ class _Loader:
 
     def placement(self) -> dict[str, Any]:
         """For reports: plain strings and numbers."""
-        layers = {str(layer): "cpu" for layer in self.geometry.moe_layers}
+        whole = {str(layer): roads[0] for layer, roads in self._roads.items()}
+        mixed = {k: v for k, v in count(self._roads).items() if len(v) > 1}
         return {
             "device": str(self.device),
             "bytes": {**self._bytes},
-            "experts": layers,
+            "experts": {**whole, **mixed},
+            "expert_bytes": dict(self._by_road),
             "backends": {kind: dict(counts) for kind, counts in self._backends.items()},
         }
 
@@ -204,15 +253,55 @@ class _Loader:
 
         wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
         name = self._experts_name(layer)
-        gate_up = self._pack(
-            "experts",
-            name,
-            stack_rows(read(architecture.gate, wide), read(architecture.up, wide), name),
-        )
-        down = self._pack("experts", name, read(architecture.down, narrow))
-        module = HybridExperts(gate_up, down, geometry.experts, architecture.activation)
+        gate_up = stack_rows(read(architecture.gate, wide), read(architecture.up, wide), name)
+        module = self._on_roads(name, self._roads[layer], gate_up, read(architecture.down, narrow))
         self._bytes["experts"] += module.nbytes
         self._place(name, module)
+
+    def _on_roads(
+        self, name: str, roads: list[Road], gate_up: QuantizedTensor, down: QuantizedTensor
+    ) -> HybridExperts | SplitExperts:
+        """The layer's module; each expert ends up in one road's keeping."""
+        activation = self.architecture.activation
+
+        def computed(some: tuple[QuantizedTensor, QuantizedTensor], number: int) -> HybridExperts:
+            wide, narrow = (self._pack("experts", name, quantized) for quantized in some)
+            return HybridExperts(wide, narrow, number, activation)
+
+        members = {road: [i for i, its in enumerate(roads) if its == road] for road in ROADS}
+        if len(members["cpu"]) == len(roads):
+            module = computed((gate_up, down), len(roads))
+            self._by_road["cpu"] += module.nbytes
+            return module
+        split = importlib.import_module("pipeline.hybrid.split")  # imports Triton
+        on_device = {}
+        for road in ("resident", "zero-copy"):
+            if members[road]:
+                stacks = (self._move(pack(q.select(members[road])), road) for q in (gate_up, down))
+                on_device[road] = split.DeviceRoad(members[road], *stacks)
+                self._backends["experts"]["triton"] += 2
+        rest = None
+        if some := members["cpu"]:
+            rest = some, computed((gate_up.select(some), down.select(some)), len(some))
+        mixed: SplitExperts = split.SplitExperts(
+            on_device, rest, len(roads), activation, self.device
+        )
+        self._by_road.update(mixed.bytes_by_road())
+        return mixed
+
+    def _move(self, stack: PackedStack, road: str) -> PackedStack:
+        if self.device.type != "cuda":
+            return stack
+        if road == "resident":
+            return stack.to(self.device)
+        try:
+            return stack.pinned()
+        except RuntimeError as error:
+            raise ResourceError(
+                f"{self.checkpoint.path}: {stack.nbytes / 2**20:.0f} MiB of RAM could not be "
+                f"pinned after {self._bytes['experts'] / 2**30:.2f} GiB: raise the limit of locked "
+                "memory (ulimit -l), or use placement cpu"
+            ) from error
 
     def _pack(self, kind: str, name: str, quantized: QuantizedTensor) -> Matrices:
         backend, matrices = to_matrices(quantized, self.dtype)
@@ -253,7 +342,10 @@ def _choose_device(device: torch.device | str | None) -> torch.device:
             _tell_no_gpu()
             return torch.device("cpu")
         device = torch.device("cuda", torch.cuda.current_device())
-    return torch.device(device)
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {chosen}: torch finds no GPU here; use device cpu")
+    return chosen
 
 
 @cache  # once per process

@@ -42,20 +42,24 @@ class HybridExperts(nn.Module):
         return self._gate_up.nbytes + self._down.nbytes
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Each chosen expert runs once, on all its tokens; sums are kept in float32."""
+        """Each chosen expert runs once, on all its tokens; sums are kept in float32.
+
+        An index of num_experts stands for an expert that is computed elsewhere.
+        """
         device = self._gate_up.device
         x = hidden_states.to(device)
         weights = top_k_weights.to(device, torch.float32)
         output = torch.zeros(x.shape, dtype=torch.float32, device=device)
         if x.shape[0] == 1:  # decoding: no sorting, no gathering
             for expert, weight in zip(top_k_index[0].tolist(), weights[0], strict=True):
-                output += self._expert(expert, x).float() * weight
+                if expert < self.num_experts:
+                    output += self._expert(expert, x).float() * weight
             return output.to(hidden_states.device, hidden_states.dtype)
         chosen = top_k_index.to(device).flatten()
         order = chosen.argsort(stable=True)
         tokens = order // top_k_index.shape[1]
         weights = weights.flatten()[order].unsqueeze(1)
-        counts = chosen.bincount(minlength=self.num_experts).tolist()
+        counts = chosen.bincount(minlength=self.num_experts).tolist()[: self.num_experts]
         start = 0
         for expert, count in enumerate(counts):
             if count:

@@ -8,7 +8,7 @@ own names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +62,11 @@ class QuantizedTensor:
     def __getitem__(self, index: int | slice) -> QuantizedTensor:
         """One matrix, or a range of matrices, of a batch."""
         return QuantizedTensor(self.scheme, {k: v[index] for k, v in self.arrays.items()})
+
+    def select(self, indices: Sequence[int]) -> QuantizedTensor:
+        """These matrices of a batch, in this order."""
+        which = torch.tensor(indices, device=self.arrays["codes"].device)
+        return QuantizedTensor(self.scheme, {k: v[which] for k, v in self.arrays.items()})
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Output rows [start, stop) of every matrix (gate and up are solved stacked)."""

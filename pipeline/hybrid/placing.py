@@ -1,0 +1,137 @@
+"""Which road computes which expert: a table per layer, from memory, use and measured rates.
+
+resident  in GPU memory
+zero-copy in pinned host memory, read over PCIe by the GPU's kernels
+cpu       in host memory, computed by the CPU
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from pipeline.checkpoint.shard_map import LayerExperts, fill
+from pipeline.errors import UserError
+
+Road = Literal["resident", "zero-copy", "cpu"]
+Table = dict[int, list[Road]]
+ROADS: tuple[Road, ...] = get_args(Road)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes per second at which experts in host memory are read."""
+
+    pcie: float
+    cpu: float
+
+
+def by_policy(layers: Mapping[int, LayerExperts], free: int, rates: Rates) -> Table:
+    """The most used experts resident, as `free` bytes of GPU memory allow; the others on the two
+    roads from host memory, so that by their use both finish together."""
+    resident = fill(max(free, 0), layers)
+    table: Table = {}
+    for layer, experts in layers.items():
+        shares = _shares(experts)
+        roads: list[Road] = ["cpu"] * experts.experts
+        ranked = _ranked(shares)
+        for expert in ranked[: resident[layer]]:
+            roads[expert] = "resident"
+        load = {"zero-copy": 0.0, "cpu": 0.0}
+        speed = {"zero-copy": rates.pcie, "cpu": rates.cpu}
+        for expert in ranked[resident[layer] :]:
+            ends = {road: (load[road] + shares[expert]) / speed[road] for road in load}
+            road: Road = "zero-copy" if ends["zero-copy"] <= ends["cpu"] else "cpu"
+            roads[expert] = road
+            load[road] += shares[expert]
+        table[layer] = roads
+    return table
+
+
+def by_request(layers: Mapping[int, LayerExperts], request: str) -> Table:
+    """A road for all ("zero-copy"), or parts of each layer's experts, the most used first
+    ("resident:0.1,zero-copy:0.5,cpu:0.4"); UserError for anything else."""
+    parts = _parse(request)
+    table: Table = {}
+    for layer, experts in layers.items():
+        roads: list[Road] = [parts[-1][0]] * experts.experts
+        ranked = _ranked(_shares(experts))
+        done = 0.0
+        for road, part in parts:
+            begin, done = round(done * experts.experts), done + part
+            for expert in ranked[begin : round(done * experts.experts)]:
+                roads[expert] = road
+        table[layer] = roads
+    return table
+
+
+def count(table: Table) -> dict[str, dict[str, int]]:
+    """Layer -> road -> experts, for reports."""
+    return {
+        str(layer): {road: roads.count(road) for road in ROADS if road in roads}
+        for layer, roads in table.items()
+    }
+
+
+def probe(device: torch.device, nbytes: int = 1 << 27) -> Rates:
+    """Measure copies from pinned memory and the CPU's int4 product, in some tenths of a second.
+
+    The product is timed on matrices of one row of tokens that no cache holds, 512 x 2048 each.
+    """
+    pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        target.copy_(pinned, non_blocking=True)
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return Rates(pcie=nbytes / min(seconds), cpu=cpu_rate(nbytes))
+
+
+def cpu_rate(nbytes: int) -> float:
+    """Bytes per second of torch's int4 product over matrices of `nbytes` in all."""
+    matrices = max(1, nbytes >> 19)
+    packed = torch.randint(0, 256, (matrices, 512, 1024), dtype=torch.uint8)
+    pairs = torch.ones((16, 512, 2), dtype=torch.bfloat16)
+    x = torch.ones((1, 2048), dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        for matrix in packed:
+            torch.ops.aten._weight_int4pack_mm_for_cpu(x, matrix, 128, pairs)
+        seconds.append(time.perf_counter() - started)
+    return packed.nbytes / min(seconds)
+
+
+def _parse(request: str) -> list[tuple[Road, float]]:
+    parts: list[tuple[Road, float]] = []
+    for piece in request.split(","):
+        name, _, part = piece.strip().partition(":")
+        road = next((known for known in ROADS if known == name), None)
+        try:
+            share = float(part) if part else 1.0
+        except ValueError:
+            share = -1.0
+        if road is None or not 0 <= share <= 1:
+            raise UserError(
+                f'placement "{request}": "{piece.strip()}" is no road: say auto, one of '
+                f"{', '.join(ROADS)}, or parts such as resident:0.1,zero-copy:0.5,cpu:0.4"
+            )
+        parts.append((road, share))
+    if abs(sum(share for _, share in parts) - 1) > 1e-6:
+        raise UserError(f'placement "{request}": its parts must add up to 1')
+    return parts
+
+
+def _shares(experts: LayerExperts) -> list[float]:
+    return experts.shares() or [1 / experts.experts] * experts.experts
+
+
+def _ranked(shares: Sequence[float]) -> list[int]:
+    return sorted(range(len(shares)), key=lambda expert: (-shares[expert], expert))

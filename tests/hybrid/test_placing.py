@@ -1,0 +1,114 @@
+"""The table of roads, and the ways in that lead to `load`."""
+
+import random
+
+import pytest
+import torch
+from hybrid_models import MODELS, dequantised, write_output
+
+from pipeline import hybrid
+from pipeline.checkpoint.shard_map import LayerExperts
+from pipeline.errors import ResourceError, UserError
+from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.placing import Rates, by_policy, by_request, count, cpu_rate
+from pipeline.quantize.tensor import AffineScheme
+
+pytestmark = pytest.mark.usefixtures("one_thread", "cpu_only")
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    out = tmp_path_factory.mktemp("placing")
+    return write_output(MODELS / "micro-nf4", out, AffineScheme(4, 32, True))
+
+
+def _layers(count=3, experts=40, nbytes=1000):
+    return {
+        layer: LayerExperts(experts, nbytes, [random.randint(1, 1000) for _ in range(experts)])
+        for layer in range(count)
+    }
+
+
+def test_policy_keeps_the_most_used_and_balances_the_rest():
+    layers = _layers()
+    rates = Rates(pcie=40e9, cpu=60e9)
+    table = by_policy(layers, 25_500, rates)
+    resident = [
+        (k, e) for k, roads in table.items() for e, r in enumerate(roads) if r == "resident"
+    ]
+    assert len(resident) == 25
+    for layer, roads in table.items():
+        calls = layers[layer].calls
+        kept = [calls[e] for e, road in enumerate(roads) if road == "resident"]
+        rest = [calls[e] for e, road in enumerate(roads) if road != "resident"]
+        assert not kept or min(kept) >= max(rest)
+        load = {r: sum(c for c, its in zip(calls, roads, strict=True) if its == r) for r in roads}
+        ends = load["zero-copy"] / rates.pcie, load["cpu"] / rates.cpu
+        assert abs(ends[0] - ends[1]) <= max(rest) / min(rates.pcie, rates.cpu)
+
+
+def test_policy_without_memory_or_use():
+    layers = {0: LayerExperts(10, 1000)}
+    table = by_policy(layers, -5, Rates(pcie=1.0, cpu=1.0))
+    assert count(table) == {"0": {"zero-copy": 5, "cpu": 5}}
+    assert by_policy(layers, 10**6, Rates(1.0, 1.0)) == {0: ["resident"] * 10}
+
+
+def test_parts_go_by_use():
+    layers = _layers(count=1)
+    roads = by_request(layers, "resident:0.1, zero-copy:0.5, cpu:0.4")[0]
+    assert count({0: roads}) == {"0": {"resident": 4, "zero-copy": 20, "cpu": 16}}
+    calls = layers[0].calls
+    by_road = {r: [c for c, its in zip(calls, roads, strict=True) if its == r] for r in roads}
+    assert min(by_road["resident"]) >= max(by_road["zero-copy"])
+    assert min(by_road["zero-copy"]) >= max(by_road["cpu"])
+
+
+@pytest.mark.parametrize("request_", ["gpu", "", "cpu:0.5", "cpu:x", "resident:-1,cpu:2"])
+def test_unknown_placements(directory, request_):
+    with pytest.raises(UserError, match="placement") as caught:
+        hybrid.load(directory, device="cpu", placement=request_)
+    assert "\n" not in str(caught.value)
+
+
+def test_refusals_of_the_machine(directory):
+    with pytest.raises(UserError, match="need a GPU"):
+        hybrid.load(directory, device="cpu", placement="zero-copy")
+    with pytest.raises(UserError, match="finds no GPU"):
+        hybrid.load(directory, device="cuda")
+    with pytest.raises(ResourceError, match="of RAM"):
+        hybrid.load(directory, device="cpu", host_memory=1000)
+
+
+def test_the_cpus_rate_is_a_rate():
+    assert cpu_rate(1 << 21) > 0
+
+
+def test_from_pretrained(directory):
+    model = hybrid.from_pretrained(
+        directory, device_map="auto", max_memory={0: "1GiB", "cpu": "1GiB"}, placement="auto"
+    )
+    assert model.hybrid_placement["device_memory_limit"] == GIB
+    assert model.hybrid_placement["experts"] == {"0": "cpu", "1": "cpu"}
+    with pytest.raises(ResourceError, match="device_memory"):
+        hybrid.from_pretrained(directory, max_memory={0: 1000})
+    for wrong in ({"device_map": {"": 0}}, {"max_memory": {0: 1, 1: 1}}, {"max_memory": {"x": 1}}):
+        with pytest.raises(UserError):
+            hybrid.from_pretrained(directory, **wrong)
+
+
+def test_a_dense_model_becomes_hybrid(directory):
+    model = dequantised(directory, torch.float32)
+    model.name_or_path = str(directory)
+    ids = torch.randint(5, 512, (2, 7))
+    with torch.inference_mode():
+        want = model(ids).logits
+        assert hybrid.place(model, device="cpu") is model
+        got = model(ids).logits
+    assert any(isinstance(module, HybridExperts) for module in model.modules())
+    assert (got - want).norm() < 2e-3 * want.norm()
+    model.name_or_path = "nowhere"
+    with pytest.raises(UserError, match="not a model directory"):
+        hybrid.place(model)
