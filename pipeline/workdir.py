@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.checkpoint.reader import WORK
+from pipeline.checkpoint.admission import WORK
 from pipeline.checkpoint.writer import FileRecord, sweep, write_json
 from pipeline.errors import OutputError
 from pipeline.evaluate.speed import peak_device_bytes, peak_host_bytes

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline.checkpoint.admission import refuse_code
 from pipeline.checkpoint.index import resolve_inside
-from pipeline.checkpoint.reader import refuse_code
 from pipeline.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

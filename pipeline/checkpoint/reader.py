@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.admission import refuse_code, refuse_unfinished
 from pipeline.checkpoint.files import Gathered, TensorFiles
 from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.header import FileHeader, read_header
@@ -32,12 +33,8 @@ from pipeline.quantize.tensor import QuantizedTensor
 
 LEGACY_CONFIG = "quantize_config.json"
 """Where AutoGPTQ kept what now stands in config.json's quantization_config."""
-WORK = ".work"
-"""What only an unfinished directory has: markers and state of the run."""
 MAX_TENSORS = 2_000_000
 """In a directory; the largest models have a quarter of that."""
-CONFIGS_WITH_CODE = ("config.json", "tokenizer_config.json")
-"""Where a model can name Python files of its own, under `auto_map`."""
 
 
 @dataclass(frozen=True)
@@ -376,43 +373,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise CheckpointError("config.json: quantization_config is not a table")
     return config
-
-
-def refuse_unfinished(path: Path) -> None:
-    """CheckpointError for the directory that a conversion is being built in: its tables may be in
-    place before all else is."""
-    if (path / WORK).is_dir():
-        raise CheckpointError(
-            f"{path} is the work of a conversion that is not finished; give the command that began"
-            " it once more, and use the result"
-        )
-
-
-def refuse_code(path: Path) -> None:
-    """CheckpointError for a model that asks for Python files of its own to be run.
-
-    Nothing here would run them; but a result that still asked for it would hand that on to
-    readers who do.
-    """
-    for name in CONFIGS_WITH_CODE:
-        if (path / name).exists() and _asks_for_code(read_json(path, name)):
-            raise CheckpointError(
-                f"{name}: asks for code of its own to be run (auto_map); no code of a model is"
-                " ever run here, refused"
-            )
-
-
-def _asks_for_code(table: Any) -> bool:  # noqa: ANN401  (any JSON)
-    todo = [table]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            if value.get("auto_map"):
-                return True
-            todo += value.values()
-        elif isinstance(value, list):
-            todo += value
-    return False
 
 
 def _read_headers(path: Path, files: Sequence[str]) -> list[FileHeader]:
