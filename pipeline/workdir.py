@@ -29,6 +29,7 @@ from pipeline.checkpoint.writer import FileRecord, sweep, write_json
 from pipeline.errors import OutputError
 from pipeline.evaluate.speed import peak_device_bytes, peak_host_bytes
 from pipeline.hub.cache import refuse_hub_cache
+from pipeline.system_errors import advice
 
 MANIFEST = "work.json"
 PEAKS = ("peak_host_bytes", "peak_device_bytes")
@@ -121,8 +122,8 @@ class WorkDirectory:
             raise OutputError(f"another run is working on {self.output}") from None
         except OSError as error:
             raise OutputError(
-                f"{self.output.parent}: cannot be written to ({error.strerror});"
-                " choose another output.path"
+                f"{self.output.parent}: cannot be written to ({error.strerror})"
+                f"{advice(error) or '; choose another output.path'}"
             ) from None
         return self
 
