@@ -149,7 +149,7 @@ def test_two_jobs_of_one_name(tmp_path, micro):
 
 
 def test_without_the_extra_it_says_what_to_install(cli, monkeypatch):
-    monkeypatch.setattr("pipeline.cli.find_spec", lambda _name: None)
+    monkeypatch.setattr("pipeline.verbs.share.find_spec", lambda _name: None)
     answer = cli("nightly", "recipes/nightly")
     assert answer.code == 2 and answer.err.count("\n") == 1
     assert "pip install 'requant[nightly]'" in answer.err
