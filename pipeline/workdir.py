@@ -62,18 +62,11 @@ class WorkDirectory:
 
     def check(self) -> None:
         """Raise OutputError if the output or work directory exists and is not ours."""
-        for path in (self.output, self.root, self.internal):
-            if path.is_symlink():
-                raise OutputError(f"{path} is a symbolic link; give the real path")
-        refuse_hub_cache(self.output)
+        if self.internal.is_symlink():
+            raise OutputError(f"{self.internal} is a symbolic link; move it away")
         for path in (self.output, self.root):
-            if path.exists() and not path.is_dir():
-                raise OutputError(f"{path} exists and is not a directory")
-            if path.exists() and path.stat().st_dev != path.parent.stat().st_dev:
-                raise OutputError(
-                    f"{path} is a file system of its own, so that nothing can be renamed to or from"
-                    " it; set output.path to a directory inside it"
-                )
+            refuse_immovable(path)
+        refuse_hub_cache(self.output)
         if _occupied(self.output) and not (self.output / CONVERSION).is_file():
             raise OutputError(
                 f"{self.output} is not empty and was not made by requant;"
@@ -239,6 +232,19 @@ class WorkDirectory:
 
     def _marker_path(self, unit: str) -> Path:
         return self.internal / "markers" / f"{unit}.json"
+
+
+def refuse_immovable(path: Path) -> None:
+    """OutputError for a path that no directory could be renamed to, or from, if it exists."""
+    if path.is_symlink():
+        raise OutputError(f"{path} is a symbolic link; give the real path, or move it away")
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} exists and is not a directory")
+    if path.exists() and path.stat().st_dev != path.parent.stat().st_dev:
+        raise OutputError(
+            f"{path} is a file system of its own, so that nothing can be renamed to or from"
+            " it; set output.path to a directory inside it"
+        )
 
 
 def difference(found: object, wanted: object, where: str = "") -> str | None:

@@ -349,6 +349,11 @@ def test_bf16_directory_that_is_not_ours(project, refused):
     target.mkdir()
     line = refused("--set", "dequantize.write=true")
     assert f"{target} exists and was not made by requant" in line
+    target.rmdir()
+    target.symlink_to(project.folder / "elsewhere")  # what it leads to is not ours to replace
+    line = refused("--set", "dequantize.write=true")
+    assert f"{target} is a symbolic link" in line
+    assert target.is_symlink()
 
 
 def test_output_in_the_source(project, source, refused):

@@ -29,7 +29,7 @@ from pipeline.hub.fetch import listed_sha256
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import tiles
 from pipeline.stages.side_files import copy_side_files, digest_side_files
-from pipeline.workdir import CONVERSION
+from pipeline.workdir import CONVERSION, refuse_immovable
 
 CHECK_UNIT = "dequantize-check"
 WRITE_UNIT = "dequantize-write"
@@ -44,6 +44,7 @@ def jobs(context: Context) -> list[Job]:
     listed = [Job("dequantize", CHECK_UNIT, tuple(files), (), bytes_read=total)]
     if context.recipe.dequantize.write:
         target = dense_directory(context)
+        refuse_immovable(target)
         if target.exists() and not (target / CONVERSION).is_file():
             raise OutputError(f"{target} exists and was not made by requant; move it away")
         elements = sum(w.elements for w in context.checkpoint.weights.values())
