@@ -9,7 +9,8 @@
 The source is generated into a memory file system first (--source keeps and reuses a directory); the
 result goes to disk and is verified and deleted.  End to end means: from a source whose headers have
 not been read to a verified output directory.  One process makes one conversion, so that peaks are
-its own.  The last line is the result as JSON.
+its own.  Every layer is told of as it ends, so that a run that is cut off has told what it can; the
+last line is the result as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -36,9 +38,14 @@ from layer_clock import HostPeak, LayerClock
 from make_synthetic_checkpoint import write_checkpoint
 from synthetic_geometries import MODELS
 
+from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.verify import verify_directory
+from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.tensor import AffineScheme
 from pipeline.recipe import parse_recipe
 from pipeline.run import run
+from pipeline.stages.context import Context
 
 ROOT = Path(__file__).parents[1]
 PLACES = {
@@ -129,17 +136,19 @@ def convert(args: argparse.Namespace, source: Path, output: Path) -> dict[str, A
     data = recipe_of(args, source, output)
     recipe = parse_recipe(data, "the benchmark's recipe")
     figures: dict[str, Any] = {}
-    times = time_layers()
     with HostPeak() as host:
         started = time.perf_counter()
-        run(recipe, json.dumps(data), until="shard", quiet=False)
+        times = time_layers(host, started)
+        context = run(recipe, json.dumps(data), until="shard", quiet=False)
         figures["convert_seconds"] = time.perf_counter() - started
+        print(f"converted after {figures['convert_seconds']:.1f} s", flush=True)
         if not args.no_verify:
             problems = verify_directory(output)
             for problem in problems[:10]:
                 print(problem)
             figures["verified"] = not problems
         figures["end_to_end_seconds"] = time.perf_counter() - started
+        print(f"verified after {figures['end_to_end_seconds']:.1f} s", flush=True)
     conversion = json.loads((output / "conversion.json").read_text())
     figures["stages"] = conversion["stages"]
     figures["layer_seconds"] = times
@@ -151,10 +160,43 @@ def convert(args: argparse.Namespace, source: Path, output: Path) -> dict[str, A
         figures["device_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     written = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     figures["output_gb"] = written / 1e9
+    figures |= sampled_errors(context, output)
     return figures
 
 
-def time_layers() -> list[float]:
+def sampled_errors(context: Context, output: Path) -> dict[str, float]:
+    """Relative error of one expert matrix a layer against the source, and of rounding the same.
+
+    What a method that compensates does to the weights alone is somewhat larger than what rounding
+    does, and no more than that: a wrong scale, nibble or name would make it 1 or more.
+    """
+    architecture, recipe = context.architecture, context.recipe.requantize
+    scheme = AffineScheme(recipe.bits, recipe.group_size, recipe.symmetric)
+    result = Checkpoint.open(output)
+    found: list[float] = []
+    rounded: list[float] = []
+    for number, layer in enumerate(context.geometry.moe_layers):
+        projection = (architecture.gate, architecture.up, architecture.down)[number % 3]
+        expert = (37 * number + 5) % context.geometry.experts
+        name = f"{architecture.expert_module(layer, expert, projection)}.weight"
+        source = context.checkpoint.load(name).float()
+        nearest = QUANTIZERS["rtn"].quantize(source, None, scheme, SolverOptions())
+        for errors, other in (
+            (found, result.load(name).float()),
+            (rounded, nearest.quantized.dequantize()),
+        ):
+            errors.append(float((other - source).norm() / source.norm()))
+    result.close()
+    return {
+        "sampled": len(found),
+        "sampled_error_mean": statistics.fmean(found),
+        "sampled_error_max": max(found),
+        "sampled_rounding_mean": statistics.fmean(rounded),
+        "sampled_ratio_max": max(a / b for a, b in zip(found, rounded, strict=True)),
+    }
+
+
+def time_layers(host: HostPeak, begun: float) -> list[float]:
     """The list gets the seconds of each unit of requantize: the layers, then the reference."""
     stage = sys.modules["pipeline.stages.requantize"].Requantize
     original = stage.run
@@ -163,7 +205,15 @@ def time_layers() -> list[float]:
     def timed(self: Any, job: Any) -> None:  # noqa: ANN401
         started = time.perf_counter()
         original(self, job)
-        times.append(round(time.perf_counter() - started, 2))
+        now = time.perf_counter()
+        times.append(round(now - started, 2))
+        gpu = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0
+        # Short: the lines of two whole runs are to fit into what a remote shell gives back.
+        print(
+            f"{job.unit} {times[-1]:.2f} s, {now - begun:.0f} s in all,"
+            f" GPU {gpu:.1f}, host {(host.anonymous + host.pinned) / 2**30:.1f} GiB",
+            flush=True,
+        )
 
     stage.run = timed
     return times
@@ -209,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         total = write_checkpoint(model, source, seed=0, headers_only=False, threads=threads)
         seconds = time.perf_counter() - started
         figures |= {"generate_seconds": seconds, "generate_gb_per_second": total / seconds / 1e9}
+        print(f"{total / 1e9:.1f} GB of source made in {seconds:.1f} s", flush=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M}Z commit {_commit()}, {gpu}")
     print(f"python {platform.python_version()}")
@@ -238,6 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _commit() -> str:
+    if given := os.environ.get("REQUANT_COMMIT"):  # a copy without its history
+        return given
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Full size on a GPU, in one go: machine, a layer's parts, kernels, whole conversions.
 # Usage: scripts/gpu_full_size.sh STEP...   (machine parts trace two four eight experts whole rtn)
-# Sources go to a memory file system, results to out/; every step has a time limit of its own.
+# Sources go to a memory file system, results to out/; every step has a time limit of its own, and
+# all together TOTAL_SECONDS: a step that has less left than it may take gets what is left.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -9,8 +10,13 @@ memory="${MEMORY_DIR:-/dev/shm}"
 mkdir -p out
 step() { printf '\n## %s\n' "$*"; }
 limit() {
-    local seconds="$1"
+    local seconds="$1" left=$((${TOTAL_SECONDS:-585} - SECONDS))
     shift
+    if ((left < 20)); then
+        echo "NO TIME LEFT: $*"
+        return
+    fi
+    ((seconds > left)) && seconds="$left"
     timeout --kill-after=10 "$seconds" "$@" 2>&1 || echo "FAILED ($?): $*"
 }
 bench() {

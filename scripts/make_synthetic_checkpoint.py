@@ -266,14 +266,16 @@ def write_checkpoint(
     if not headers_only:
         tables = make_tables()
         # Processes made by forking know all of this: only numbers travel to them.
-        _WORK[:] = [(file, task, tables) for file in files for task in file.tasks()]
+        work = [(file, task, tables) for file in files for task in file.tasks()]
+        # The embedding and the head are the longest tasks by far, and so the first.
+        _WORK[:] = sorted(work, key=lambda one: one[1][2] != "plain")
         if threads == 1:
             for number in range(len(_WORK)):
                 _fill(number)
         else:
             fork = multiprocessing.get_context("fork")
             with ProcessPoolExecutor(threads, mp_context=fork) as pool:
-                for _ in pool.map(_fill, range(len(_WORK)), chunksize=2):
+                for _ in pool.map(_fill, range(len(_WORK))):
                     pass
         _WORK.clear()
     mapped = [f'"{tensor}":"{file.path.name}"' for file in files for tensor in file.names]

@@ -23,6 +23,8 @@ Bytes = npt.NDArray[np.uint8]
 
 BLOCK, NESTED = 64, 256
 TABLE = 1 << 16
+STEP = 1 << 18
+"""Values drawn at once: few enough that their indices stay in a processor's cache."""
 ROW_BUCKETS = 16
 ROW_SPREAD = 0.2
 """Standard deviation of the logarithm of a row's scale: 10th to 90th percentile is 0.77 to 1.29."""
@@ -109,12 +111,12 @@ def fill_matrix(
     """
     blocks = columns // BLOCK
     draws = rng.integers(0, 2**64 - 1, endpoint=True, dtype=np.uint64, size=packed.size // 4)
-    np.take(tables.codes, draws.view(np.uint16), out=packed)
+    np.take(tables.codes, draws.view(np.uint16), out=packed, mode="wrap")
     bucket = rng.integers(0, ROW_BUCKETS, size=rows, dtype=np.uint16) << 12
     low = rng.integers(0, 1 << 12, size=(rows, blocks), dtype=np.uint16)
     index = bucket[:, None] | low
     scales = absmax.reshape(rows, blocks)
-    np.take(tables.scales, index, out=scales)
+    np.take(tables.scales, index, out=scales, mode="wrap")
     # The same columns in every matrix of a width: outliers come from the stream they read.
     special = np.arange(OUTLIER_EVERY // 2, blocks, OUTLIER_EVERY)
     if not len(special):
@@ -140,8 +142,11 @@ def fill_gaussian(
     out: Bytes, mean: float, std: float, tables: Tables, rng: np.random.Generator
 ) -> None:
     """BF16 values into `out`, the bytes of a tensor."""
-    index = rng.integers(0, TABLE, size=out.size // 2, dtype=np.uint16)
-    np.take(bfloat16_bits(mean + std * tables.gaussian), index, out=out.view(np.uint16))
+    table, values = bfloat16_bits(mean + std * tables.gaussian), out.view(np.uint16)
+    for start in range(0, len(values), STEP):
+        part = values[start : start + STEP]
+        index = rng.integers(0, TABLE, size=len(part), dtype=np.uint16)
+        np.take(table, index, out=part, mode="wrap")
 
 
 def bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

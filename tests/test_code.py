@@ -49,7 +49,7 @@ def test_every_constant_of_the_solver_counts(tmp_path):
     for file, constant in {
         "stages/experts.py": "STRENGTH = 3.0",
         "stages/sensitivity.py": "ROUTER_SHARE = 0.5",
-        "quantize/rows.py": "ROW_BLOCKS = 16",
+        "quantize/rows.py": "ROW_BLOCKS = 6",
         "quantize/hessian.py": "PRIOR = 10.0",
         "quantize/correction.py": "DAMPING = 0.03",
     }.items():
