@@ -10,7 +10,7 @@ memory="${MEMORY_DIR:-/dev/shm}"
 mkdir -p out
 step() { printf '\n## %s\n' "$*"; }
 limit() {
-    local seconds="$1" left=$((${TOTAL_SECONDS:-585} - SECONDS))
+    local seconds="$1" left=$((${TOTAL_SECONDS:-565} - SECONDS))
     shift
     if ((left < 20)); then
         echo "NO TIME LEFT: $*"
