@@ -1,7 +1,7 @@
-"""Put every verb's --help into docs/commands.md, between its heading's marks.
+"""Put every verb's --help into docs/commands/VERB.md, between its marks.
 
-python scripts/command_docs.py            rewrite the page
-python scripts/command_docs.py --check    exit code 1 when it is out of step
+python scripts/command_docs.py            rewrite the pages
+python scripts/command_docs.py --check    exit code 1 when one is out of step
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 
-PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
-BLOCK = re.compile(r"(<!-- help: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PAGES = Path(__file__).parents[1] / "docs" / "commands"
+BLOCK = re.compile(r"(<!-- help -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 96
 
 
@@ -31,12 +31,12 @@ def help_of(verb: str) -> str:
     return "\n".join(line.rstrip() for line in answer.stdout.strip().splitlines())
 
 
-def in_step(page: str) -> str:
-    """The page with all its help texts as they are now; SystemExit when a verb has no section."""
-    missing = set(verbs()) ^ {match[2] for match in BLOCK.finditer(page)}
-    if missing:
-        raise SystemExit(f"{PAGE.name} and the verbs differ by: {', '.join(sorted(missing))}")
-    return BLOCK.sub(lambda m: f"{m[1]}```\n{help_of(m[2])}\n```\n{m[4]}", page)
+def in_step(verb: str, page: str) -> str:
+    """The verb's page with its help text as it is now; SystemExit when it has no place for it."""
+    new, count = BLOCK.subn(lambda m: f"{m[1]}```\n{help_of(verb)}\n```\n{m[3]}", page)
+    if count != 1:
+        raise SystemExit(f"{verb}.md has {count} places for a help text, between its marks")
+    return new
 
 
 def verbs() -> list[str]:
@@ -49,13 +49,18 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--check", action="store_true")
     check = arguments.parse_args().check
-    old = PAGE.read_text(encoding="utf-8")
-    new = in_step(old)
-    if not check:
-        PAGE.write_text(new, encoding="utf-8")
-    elif new != old:
-        print(f"{PAGE} is out of step; run python scripts/command_docs.py", file=sys.stderr)
-        return 1
+    missing = set(verbs()) ^ {path.stem for path in PAGES.glob("*.md")}
+    if missing:
+        raise SystemExit(f"{PAGES} and the verbs differ by: {', '.join(sorted(missing))}")
+    for verb in verbs():
+        path = PAGES / f"{verb}.md"
+        old = path.read_text(encoding="utf-8")
+        new = in_step(verb, old)
+        if new != old and check:
+            print(f"{path} is out of step; run python scripts/command_docs.py", file=sys.stderr)
+            return 1
+        if new != old:
+            path.write_text(new, encoding="utf-8")
     return 0
 
 
