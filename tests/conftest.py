@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants
 
 sys.path.insert(0, str(Path(__file__).parent / "hybrid"))  # its reader of our own output
+sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))  # its writer of small directories
 
 from support.hub import HubServer
 from support.recipes import MICRO, Project

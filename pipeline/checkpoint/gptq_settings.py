@@ -56,7 +56,7 @@ def _dynamic(rules: ModuleRules) -> dict[str, dict[str, Any]]:
     rule a module.  Rules are matched from the start of full names and of names inside a layer.
     """
     blocks = {name.rpartition(".")[0] for name in (*rules.skipped, *rules.quantized)}
-    shared = {block.rpartition(".")[0] for block in blocks if "." in block}
+    shared = {block.rpartition(".")[0] for block in (*blocks, rules.experts) if "." in block}
     shared |= {name.rpartition(".")[0] for name in rules.quantized}
     patterns = []
     for name in rules.skipped:

@@ -14,6 +14,8 @@ from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 class ModuleRules:
     """The linear modules of a model, by whether they are quantised; names relative to a layer."""
 
+    experts: str
+    """What holds the routed experts, such as mlp.experts."""
     expert_projections: tuple[str, ...]
     """Last names of an expert's projections; routed experts are always quantised."""
     quantized: tuple[str, ...]

@@ -2,11 +2,12 @@
 
 A file declares names and numbers; the few functions say how its config is read and how one decoder
 layer is called.  Everything else in the package works from this declaration alone.
+What several architectures have in common stands below the contract.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,6 +121,50 @@ class Architecture:
         return tuple(dict.fromkeys(["experts", *(g.module_class for g in groups)]))
 
 
-def causal_positions(length: int, device: torch.device) -> Tensor:
-    """Position ids [1, length] of an unpadded sequence."""
-    return torch.arange(length, device=device).unsqueeze(0)
+def sparse_geometry(config: Mapping[str, Any], layer_kinds: Sequence[str]) -> Geometry:
+    """Geometry from the keys of config.json that Qwen's sparse models share.
+
+    transformers 5 writes `num_local_experts` for what its version 4 called `num_experts`.
+    """
+    layers = int(config["num_hidden_layers"])
+    step = int(config.get("decoder_sparse_step", 1))
+    dense = set(config.get("mlp_only_layers") or ())
+    experts = "num_local_experts" if "num_experts" not in config else "num_experts"
+    return Geometry(
+        layers=layers,
+        moe_layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0),
+        experts=int(config[experts]),
+        top_k=int(config["num_experts_per_tok"]),
+        hidden=int(config["hidden_size"]),
+        inner=int(config["moe_intermediate_size"]),
+        vocabulary=int(config["vocab_size"]),
+        layer_kinds=tuple(layer_kinds),
+    )
+
+
+def shared_value_channels(config: Mapping[str, Any]) -> Tensor:
+    """Which row of v_proj each column of o_proj reads in grouped-query attention.
+
+    Query heads share the value head of their group.  Between the two stands nothing, or a factor
+    that a scale commutes with, such as the sigmoid of Qwen3-Next's gate.
+    """
+    heads, shared = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
+    if heads % shared:
+        raise ValueError(f"{shared} key and value heads do not divide {heads} attention heads")
+    size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    column = torch.arange(heads * size)
+    return column // size // (heads // shared) * size + column % size
+
+
+def call_decoder_layer(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """A transformers decoder layer on whole sequences, [batch, length, hidden] -> the same."""
+    # No mask: the sequences are unpadded, and scaled_dot_product_attention is causal without one.
+    output: Tensor = layer(
+        hidden,
+        position_embeddings=rotary,
+        attention_mask=None,
+        position_ids=torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0),
+        past_key_values=None,
+        use_cache=False,
+    )
+    return output

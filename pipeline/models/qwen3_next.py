@@ -8,11 +8,11 @@ Norms multiply by (1 + w).  The router is a softmax over all experts, then top-k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.models import ARCHITECTURES
 from pipeline.models.architecture import (
@@ -20,63 +20,29 @@ from pipeline.models.architecture import (
     Fold,
     Geometry,
     ModuleGroup,
-    causal_positions,
+    call_decoder_layer,
+    shared_value_channels,
+    sparse_geometry,
 )
 
 
+def _layer_kinds(config: Mapping[str, Any]) -> Sequence[str]:
+    kinds: Sequence[str] | None = config.get("layer_types")
+    if kinds is not None:
+        return kinds
+    interval = int(config.get("full_attention_interval", 4))
+    numbers = range(1, int(config["num_hidden_layers"]) + 1)
+    return ["linear_attention" if i % interval else "full_attention" for i in numbers]
+
+
 def _geometry(config: Mapping[str, Any]) -> Geometry:
-    layers = int(config["num_hidden_layers"])
-    kinds = config.get("layer_types")
-    if kinds is None:
-        interval = int(config.get("full_attention_interval", 4))
-        kinds = [
-            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
-        ]
-    step = int(config.get("decoder_sparse_step", 1))
-    dense = set(config.get("mlp_only_layers") or ())
-    return Geometry(
-        layers=layers,
-        moe_layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0),
-        experts=int(config["num_experts"]),
-        top_k=int(config["num_experts_per_tok"]),
-        hidden=int(config["hidden_size"]),
-        inner=int(config["moe_intermediate_size"]),
-        vocabulary=int(config["vocab_size"]),
-        layer_kinds=tuple(kinds),
-    )
-
-
-def _value_channels(config: Mapping[str, Any]) -> Tensor:
-    """Which row of v_proj each column of o_proj reads.
-
-    Query heads share the value head of their group.  Between the two stands only the sigmoid of the
-    gate that q_proj makes beside the queries, a factor that a scale commutes with.
-    """
-    heads, shared = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
-    if heads % shared:
-        raise ValueError(f"{shared} key and value heads do not divide {heads} attention heads")
-    size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    column = torch.arange(heads * size)
-    return column // size // (heads // shared) * size + column % size
+    return sparse_geometry(config, _layer_kinds(config))
 
 
 def _gated_norm_channels(config: Mapping[str, Any]) -> Tensor:
     """Which weight of DeltaNet's gated norm each column of out_proj reads: one for all heads."""
     size = int(config["linear_value_head_dim"])
     return torch.arange(int(config["linear_num_value_heads"]) * size) % size
-
-
-def _call_layer(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    # No mask: the sequences are unpadded, and scaled_dot_product_attention is causal without one.
-    output: Tensor = layer(
-        hidden,
-        position_embeddings=rotary,
-        attention_mask=None,
-        position_ids=causal_positions(hidden.shape[1], hidden.device),
-        past_key_values=None,
-        use_cache=False,
-    )
-    return output
 
 
 ARCHITECTURES.register(
@@ -124,7 +90,11 @@ ARCHITECTURES.register(
                 ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
             ),
             Fold(
-                "value", "self_attn.v_proj", "rows", ("self_attn.o_proj",), channels=_value_channels
+                "value",
+                "self_attn.v_proj",
+                "rows",
+                ("self_attn.o_proj",),
+                channels=shared_value_channels,
             ),
             Fold(
                 "gated_norm",
@@ -154,6 +124,6 @@ ARCHITECTURES.register(
                 ("mlp.shared_expert.down_proj",),
             ),
         ),
-        call_layer=_call_layer,
+        call_layer=call_decoder_layer,
     ),
 )

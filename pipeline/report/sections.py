@@ -14,15 +14,6 @@ from pipeline.report.page import Section, Table
 from pipeline.report.record import Interval, LayerRecord, Original, Record, Report
 from pipeline.report.words import percent
 
-CLASS_WORDS = {
-    "experts_gate_up": "experts: gate and up",
-    "experts_down": "experts: down",
-    "attention": "attention",
-    "deltanet": "DeltaNet",
-    "shared_expert": "shared expert",
-    "other": "other modules",
-}
-
 
 def quality(record: Record) -> Section:
     """Perplexity, KL divergence, agreement and speed against their bounds."""
@@ -139,12 +130,11 @@ def damage(record: Record) -> Section | None:
             "loss by module class",
             ("class", "matrices", "median", "9 in 10 below", "worst"),
             [
-                [CLASS_WORDS[name], f"{len(losses):,}", *(percent(v) for v in _spread(losses))]
+                [name, f"{len(losses):,}", *(percent(v) for v in _spread(losses))]
                 for name, losses in classes.items()
             ],
         )
-        named = {CLASS_WORDS[name]: losses for name, losses in classes.items()}
-        pictures.append((charts.loss_by_class(named), table))
+        pictures.append((charts.loss_by_class(classes), table))
     lead = (
         "The part of a matrix's output that quantising it lost, as energy (squared) on the"
         " calibration text: 1 % is a relative error of 10 %. A layer that stands out is the first"
@@ -310,11 +300,12 @@ def _losses_by_class(record: Record, layers: Sequence[LayerRecord]) -> dict[str,
     groups = (*architecture.mixer_groups, *architecture.shared_groups) if architecture else ()
     classes = {module: group.module_class for group in groups for module in group.modules}
     for layer in layers:
+        found["experts: gate and up"] += layer.gate_up_loss
+        found["experts: down"] += layer.down_loss
+    for layer in layers:
         for name, loss in layer.dense_loss.items():
-            found[classes.get(name, "other")].append(loss)
-        found["experts_gate_up"] += layer.gate_up_loss
-        found["experts_down"] += layer.down_loss
-    return {name: found[name] for name in CLASS_WORDS if found.get(name)}
+            found[classes.get(name, "other modules").replace("_", " ")].append(loss)
+    return {name: losses for name, losses in found.items() if losses}
 
 
 def _layer_kinds(record: Record) -> dict[int, str]:

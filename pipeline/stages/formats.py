@@ -43,6 +43,7 @@ def module_rules(architecture: Architecture, chosen: Collection[str]) -> ModuleR
     quantized = tuple(m for g in groups if g.module_class in chosen for m in g.modules)
     skipped = tuple(m for g in groups if g.module_class not in chosen for m in g.modules)
     return ModuleRules(
+        experts=architecture.experts,
         expert_projections=(architecture.gate, architecture.up, architecture.down),
         quantized=quantized,
         skipped=(*skipped, *architecture.never_quantized),

@@ -141,7 +141,9 @@ def test_packed_though_the_config_leaves_it_dense(tmp_path):
 def test_output_format():
     awq = FORMATS["awq"]
     assert isinstance(awq, OutputFormat)
-    rules = ModuleRules(("gate_proj",), ("self_attn.q_proj",), ("mlp.gate",), ("lm_head",))
+    rules = ModuleRules(
+        "mlp.experts", ("gate_proj",), ("self_attn.q_proj",), ("mlp.gate",), ("lm_head",)
+    )
     table = awq.quantization_config(AffineScheme(4, 128, True), rules, "1")
     assert table["modules_to_not_convert"] == ["mlp.gate", "lm_head"]
     assert (table["version"], table["zero_point"], table["group_size"]) == ("gemm", True, 128)

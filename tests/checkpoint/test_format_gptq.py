@@ -186,11 +186,14 @@ def test_without_g_idx(tmp_path):
     assert torch.equal(Checkpoint.open(path).load("m.weight"), tensor.dequantize(torch.float16))
 
 
-def test_quantization_config_tells_every_reader():
+@pytest.mark.parametrize("beside", ["mlp.shared_expert.up_proj", "mlp.up_proj"])
+def test_quantization_config_tells_every_reader(beside):
+    """`beside`: what else stands in the experts' block need not have a block of its own."""
     rules = ModuleRules(
+        experts="mlp.experts",
         expert_projections=("gate_proj", "up_proj", "down_proj"),
         quantized=(),
-        skipped=("self_attn.q_proj", "mlp.gate", "mlp.shared_expert.up_proj"),
+        skipped=("self_attn.q_proj", "mlp.gate", beside),
         outside=("lm_head",),
     )
     gptq = FORMATS["gptq"]

@@ -138,6 +138,8 @@ def plain_model(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) 
     tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
     for layer in range(config.num_hidden_layers):
         stem = f"model.layers.{layer}.mlp.experts."
+        if f"{stem}0.gate_proj.weight" not in tensors:
+            continue  # a dense layer
         expert = {
             p: torch.stack(
                 [tensors.pop(f"{stem}{e}.{p}.weight") for e in range(config.num_experts)]

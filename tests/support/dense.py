@@ -35,6 +35,8 @@ def source_model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     for layer in range(config.num_hidden_layers):
         stem = f"model.layers.{layer}.mlp.experts."
+        if f"{stem}0.gate_proj.weight" not in state:
+            continue  # a dense layer
         expert = {
             part: torch.stack(
                 [state.pop(f"{stem}{e}.{part}.weight") for e in range(config.num_experts)]
