@@ -28,7 +28,7 @@ def commands() -> list[str]:
     """Every `requant` command of the pages, in code blocks."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     blocks = [b for p in pages for b in re.findall(r"```\n(.*?)```", p.read_text(), re.DOTALL)]
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return sorted({line for line in lines if re.match(r"requant [a-z]+ [^\[|]*$", line)})
 
 
