@@ -12,12 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoFile,
+    constants,
+)
+from huggingface_hub.errors import (
+    BadRequestError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import get_session, hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 
 from pipeline.errors import HubError
-from pipeline.hub.client import Announce, attempt, connect
+from pipeline.hub.client import Announce, attempt, connect, explained
 
 OURS = "conversion.json"
 """A repository with this file holds a model that was published from here."""
@@ -64,6 +76,8 @@ def publish_files(
     commit = head
     if new:
         _refuse_others(target, before)
+        if constants.REPOCARD_NAME in digests:
+            _check_card(api, folder / constants.REPOCARD_NAME, announce)
         additions = _send(api, folder, digests, target, announce)
         stale = [name for name in before if name.endswith(WEIGHTS) and name not in digests]
         announce("making all of it visible")
@@ -168,6 +182,25 @@ def _refuse_others(target: Target, before: Mapping[str, RepoFile]) -> None:
             f"{target.repo} holds a model that requant did not publish ({weights[0]}); choose"
             " another name, or another --revision"
         )
+
+
+def _check_card(api: HfApi, card: Path, announce: Announce) -> None:
+    """HubError for metadata that the Hub would refuse at the commit, when all has been sent."""
+    what = "checking the card"
+
+    def step() -> None:
+        response = get_session().post(
+            f"{api.endpoint}/api/validate-yaml",
+            headers=build_hf_headers(),
+            json={"repoType": "model", "content": card.read_text(encoding="utf-8")},
+        )
+        try:
+            hf_raise_for_status(response)
+        except BadRequestError as error:
+            refused = explained(what, error)
+            raise HubError(f"{refused}; mend {card}, or give another --license") from None
+
+    attempt(what, step, announce)
 
 
 def _send(

@@ -247,6 +247,10 @@ def test_refused_by_the_hub(cli, hub, model, monkeypatch):
     _refused(cli("publish", model, "--repo", "others/model", *words), "rights")
     commit = hub.store.seed("acme/empty", {})
     _refused(cli("publish", model, "--repo", "acme/empty", *words, "--revision", commit), "branch")
+    _refused(
+        cli("publish", model, "--repo", REPO, "--license", "my-own-2.0"), "license", "--license"
+    )
+    assert not hub.seen("PUT", "/put/")  # nothing is sent for a card that is refused in the end
     hub.store.quota = 1000
     _refused(cli("publish", model, *SAID), "storage limit")
     hub.store.quota = None
