@@ -90,7 +90,7 @@ def run(
     only: Annotated[
         str | None, typer.Option(help="the one stage to run, those before it being done")
     ] = None,
-    fresh: Annotated[bool, typer.Option(help="forget earlier work")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="forget earlier work")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert, split, validate.  Resumes by itself.

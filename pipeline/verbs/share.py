@@ -17,22 +17,33 @@ from pipeline.verbs.common import Json, Model, announce, app
 def publish(
     model: Model,
     repo: Annotated[str, typer.Option(help="ORG/NAME on the Hub")],
-    private: Annotated[bool, typer.Option(help="a repository that is made is private")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="a repository that is made is private")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="branch; made where missing")] = None,
     licence: Annotated[
         str | None, typer.Option("--license", help="as the Hub spells it; else the source's")
     ] = None,
     unvalidated: Annotated[
-        bool, typer.Option(help="also without a validation that passed; the card says so")
+        bool,
+        typer.Option(
+            "--unvalidated", help="also without a validation that passed; the card says so"
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option(help="check everything and write the card only")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything and write the card only")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Put a finished, validated model on the Hub, all at once.  Goes on where it was stopped.
 
     The token comes from HF_TOKEN or from `hf auth login`.
 
-    Example: requant publish out/demo --repo acme/demo-gptq --dry-run
+    \b
+    Examples:
+      requant publish out/demo --repo acme/demo-gptq --license apache-2.0 --dry-run
+      requant publish out/demo --repo acme/demo-gptq --license apache-2.0 --private
+      requant publish out/demo --repo acme/demo-gptq --license apache-2.0 --revision g128
     """
     from pipeline.recipe import Publish
     from pipeline.stages.publish import publish_model
