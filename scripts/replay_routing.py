@@ -29,7 +29,7 @@ Trace = Sequence[Sequence[int]]
 
 def record(path: Path, text: Path, tokens: int, window: int) -> list[list[list[int]]]:
     """Routing of the text's first `tokens` tokens, by layer and token."""
-    ids = load_tokenizer(path)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    ids = torch.tensor([load_tokenizer(path).ids(text.read_text(encoding="utf-8"), special=True)])
     model = hybrid.load(path, device="cpu")
     layers: list[list[list[int]]] = []
 

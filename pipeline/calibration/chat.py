@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from transformers import PreTrainedTokenizerBase
-
 from pipeline.calibration.source import Record, TextSource
 from pipeline.calibration.templates import ChatTemplate, TemplateRefusal
+from pipeline.calibration.tokens import Tokenizer
 from pipeline.errors import CalibrationError
 
 
-def require_template(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> None:
-    """CalibrationError for a tokenizer without a chat template."""
+def chat_template(tokenizer: Tokenizer, source: TextSource) -> ChatTemplate:
+    """The chat template of a tokenizer; CalibrationError for one that has none."""
     if not tokenizer.chat_template:
         raise CalibrationError(
-            f"{source.name}: is a chat, and the tokenizer of {tokenizer.name_or_path} has no chat"
+            f"{source.name}: is a chat, and the tokenizer of {tokenizer.model} has no chat"
             " template; calibrate on plain texts, or put the model's chat_template.jinja there"
         )
+    return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
 
 
 def render(template: ChatTemplate, record: Record, field: str) -> str:

@@ -17,12 +17,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from pipeline.calibration.chat import render, require_template
+from pipeline.calibration.chat import chat_template, render
 from pipeline.calibration.source import TextSource, read_text, records
-from pipeline.calibration.templates import ChatTemplate
-from pipeline.calibration.tokens import tokenize
+from pipeline.calibration.tokens import Tokenizer, tokenize
 from pipeline.errors import CalibrationError
 
 POOL = 8
@@ -36,7 +34,7 @@ SEPARATOR = "\n\n"
 
 
 def calibration_sequences(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     sources: Sequence[str | TextSource],
     *,
     samples: int,
@@ -102,11 +100,9 @@ def _draw(
 
 
 def _read(
-    tokenizer: PreTrainedTokenizerBase, source: TextSource, wanted: int, length: int, packing: bool
+    tokenizer: Tokenizer, source: TextSource, wanted: int, length: int, packing: bool
 ) -> list[Tensor]:
     """The sequences of a source that may be drawn, in its order."""
-    if source.chat:
-        require_template(tokenizer, source)
     if source.is_text:
         return list(_cut(tokenize(tokenizer, read_text(str(source.path))), length))
     found: list[Tensor] = []
@@ -130,9 +126,9 @@ def _read(
     return found
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> Iterator[str]:
+def _texts(tokenizer: Tokenizer, source: TextSource) -> Iterator[str]:
     if source.chat:
-        with ChatTemplate(tokenizer) as template:
+        with chat_template(tokenizer, source) as template:
             for record in records(source):
                 yield render(template, record, source.field)
         return

@@ -21,11 +21,14 @@ MEMORY_BYTES = 1 << 30
 """On top of what the process has when it is ready."""
 
 
-def limit_memory() -> None:
-    """Let no template allocate more than MEMORY_BYTES."""
+def limit_memory(more: int) -> None:
+    """Let this process allocate so many bytes on top of what it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + more
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def answer(template: str, variables: dict[str, Any], messages: Any) -> dict[str, str]:  # noqa: ANN401
@@ -44,7 +47,7 @@ def answer(template: str, variables: dict[str, Any], messages: Any) -> dict[str,
 def main() -> None:
     """Answer until the parent closes the pipe."""
     asked = json.loads(sys.stdin.readline())
-    limit_memory()
+    limit_memory(MEMORY_BYTES)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         found = answer(asked["template"], asked["variables"], json.loads(line))

@@ -13,10 +13,9 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import CalibrationError
 from pipeline.secrets import without_secrets
@@ -36,13 +35,12 @@ class TemplateRefusal(Exception):
 class ChatTemplate:
     """The template of a tokenizer; use as a context manager, which ends its process."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seconds: float = SECONDS) -> None:
-        """`seconds`: for one conversation."""
+    def __init__(
+        self, template: str, variables: Mapping[str, Any], seconds: float = SECONDS
+    ) -> None:
+        """`variables`: the special tokens that it may name; `seconds`: for one conversation."""
         self._seconds = seconds
-        self._asked = {
-            "template": tokenizer.get_chat_template(),
-            "variables": dict(tokenizer.special_tokens_map),
-        }
+        self._asked = {"template": template, "variables": dict(variables)}
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
 

@@ -8,9 +8,9 @@ from typing import TextIO
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
-from pipeline.calibration import load_tokenizer
+from pipeline.calibration import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.hybrid.loader import load
 
@@ -18,8 +18,9 @@ from pipeline.hybrid.loader import load
 class _Stream(TextStreamer):
     """Writes finished words to a stream, and notes when each token was there."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer, out: TextIO) -> None:
+        # Of a tokenizer it asks for `decode` only.
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         self._out = out
         self.times: list[float] = []
 
@@ -48,7 +49,7 @@ def stream_text(
     """
     path = Path(model)
     tokenizer = load_tokenizer(path)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = torch.tensor([tokenizer.ids(prompt, special=True)], dtype=torch.int64)
     if not ids.numel():
         raise UserError("the prompt has no tokens: give at least a word")
     loaded = load(path, device_memory=device_memory, placement=placement)

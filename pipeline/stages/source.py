@@ -85,7 +85,7 @@ def check_original(
         if its[name] != value:
             raise RecipeError(f"{other}: its {name} is {its[name]}, the source's is {value}")
     if (original.path / "tokenizer.json").is_file():
-        vocabularies = [load_tokenizer(path).get_vocab() for path in (original.path, model)]
+        vocabularies = [load_tokenizer(path).vocabulary() for path in (original.path, model)]
         if vocabularies[0] != vocabularies[1]:
             raise RecipeError(f"{other}: its tokenizer has another vocabulary")
 

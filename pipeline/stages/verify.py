@@ -125,7 +125,7 @@ def _is_quantised(module: str, checkpoint: Checkpoint) -> bool:
 def _tokenizer(path: Path, geometry: Geometry) -> list[Problem]:
     """A tokenizer is there and gives no token that the model has not got."""
     try:
-        tokens = load_tokenizer(path).get_vocab().values()
+        tokens = load_tokenizer(path).vocabulary().values()
     except CheckpointError as error:
         return [Problem("tokenizer.json", str(error))]
     highest = max(tokens, default=-1)

@@ -22,7 +22,7 @@ def template(micro):
     def make(text, seconds=60.0):
         tokenizer = AutoTokenizer.from_pretrained(micro)
         tokenizer.chat_template = text
-        return ChatTemplate(tokenizer, seconds), tokenizer
+        return ChatTemplate(text, tokenizer.special_tokens_map, seconds), tokenizer
 
     return make
 

@@ -6,6 +6,9 @@ import stat
 
 import pytest
 from huggingface_hub import constants
+from support.recipes import digests
+
+from pipeline.errors import OutputError
 
 
 @pytest.fixture
@@ -84,3 +87,19 @@ def test_links_are_not_followed(cli, project, tmp_path, name):
     assert "symbolic link" in answer.err
     assert victim.read_text() == "theirs"
     assert sorted(p.name for p in theirs.iterdir()) == ["thesis", "victim.txt"]
+
+
+def test_a_link_among_the_parents_is_the_users_own(project, finished):
+    """Many a home is one; what it leads to is checked as if it were named."""
+    real = project.folder / "real"
+    (real / "theirs").mkdir(parents=True)
+    (real / "theirs" / "notes.txt").write_text("mine")
+    (project.folder / "way").symlink_to(real)
+    project.change(output={"path": str(project.folder / "way" / "out")})
+    project.run(until="shard")
+    assert digests(real / "out") == digests(finished.output)
+    assert {path.name for path in real.iterdir()} == {"out", "theirs"}
+    project.change(output={"path": str(project.folder / "way" / "theirs")})
+    with pytest.raises(OutputError, match="was not made by requant"):
+        project.run(until="shard")
+    assert (real / "theirs" / "notes.txt").read_text() == "mine"
