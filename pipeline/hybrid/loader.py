@@ -27,9 +27,9 @@ from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.backends import Matrices
 from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
-from pipeline.hybrid.packed import PackedStack, pack
-from pipeline.hybrid.placing import ROADS, Road, Table, count
-from pipeline.hybrid.roads import check_memory, choose, known_use
+from pipeline.hybrid.placing import ROADS, Road, Table, as_copies, count
+from pipeline.hybrid.records import Records, pack
+from pipeline.hybrid.roads import check_memory, choose, kernels_fail, known_use
 from pipeline.hybrid.stored import stack_rows, to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -58,6 +58,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     placement: str = "cpu",
+    follow_use: bool = True,
 ) -> PreTrainedModel:
     """Load a directory for inference; `generate`, `forward` and the rest work as usual.
 
@@ -71,6 +72,9 @@ def load(
     "zero-copy" (a GPU computes them, from its own or from pinned host memory); parts of each layer
     such as "resident:0.1,zero-copy:0.5,cpu:0.4"; or "auto", by memory, use and a short measurement.
 
+    follow_use: resident experts are copies of zero-copy ones, and change with use while the model
+    decodes on a GPU; False: the table stays as it is chosen, for timings that can be repeated.
+
     The model gains `hybrid_placement` (where things are, bytes, back ends, load seconds) and
     `hybrid_quantization` (config.json's quantization_config, which transformers must not see).
 
@@ -83,13 +87,14 @@ def load(
     limit = None if device_memory is None else parse_size(device_memory)
     target = _choose_device(device)
     checkpoint = Checkpoint.open(path)
-    loader = _Loader(checkpoint, target, dtype)
+    loader = _Loader(checkpoint, target, dtype, follow_use and target.type == "cuda")
     need = loader.check_memory(limit)
     loader.choose_roads(
         placement, need, limit, None if host_memory is None else parse_size(host_memory)
     )
     with torch.inference_mode(False), torch.no_grad():
         loader.fill()
+        loader.connect()
     checkpoint.close()
     model = loader.model
     model.hybrid_quantization = checkpoint.config.get("quantization_config") or {}  # type: ignore[assignment]
@@ -105,8 +110,12 @@ def load(
 class _Loader:
     """One load: the skeleton being filled, and what is counted on the way."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, follow_use: bool
+    ) -> None:
         self.checkpoint = checkpoint
+        self._follow_use = follow_use
+        self._copies: dict[int, list[int]] = {}
         self.device = device
         self.dtype = dtype
         where = str(checkpoint.path)
@@ -120,6 +129,7 @@ class _Loader:
         self._bytes = {"experts": 0, "quantized_linears": 0, "dense": 0}
         self._rounded: list[str] = []
         self._roads: Table = {}
+        self._homes: Table = {}
         self._by_road: Counter[str] = Counter()
 
     def _sort_weights(self) -> None:
@@ -163,6 +173,10 @@ class _Loader:
         layers = self._layer_experts()
         self._roads = choose(placement, layers, self.device, need, limit)
         check_memory(self._roads, layers, need, limit, host, where)
+        self._homes = self._roads
+        if self._follow_use:
+            self._copies, self._homes = as_copies(self._roads, layers)
+            check_memory(self._homes, layers, need, limit, host, where)
 
     def _layer_experts(self) -> dict[int, LayerExperts]:
         """Size and use of each layer's experts; use is known where there is a shard map."""
@@ -199,6 +213,12 @@ class _Loader:
         lost = [name for name, tensor in everything if tensor.is_meta]
         if lost:
             raise CheckpointError(f"{path}: {lost[0]} and {len(lost) - 1} more have no weights")
+
+    def connect(self) -> None:
+        """On a GPU, decode in fixed buffers and so on, as far as its kernels work."""
+        if self.device.type == "cuda" and kernels_fail(self.device) is None:
+            runtime = importlib.import_module("pipeline.hybrid.runtime")  # imports Triton
+            runtime.connect(self.model, self._copies)
 
     def placement(self) -> dict[str, Any]:
         """For reports: plain strings and numbers."""
@@ -254,7 +274,7 @@ class _Loader:
         wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
         name = self._experts_name(layer)
         gate_up = stack_rows(read(architecture.gate, wide), read(architecture.up, wide), name)
-        module = self._on_roads(name, self._roads[layer], gate_up, read(architecture.down, narrow))
+        module = self._on_roads(name, self._homes[layer], gate_up, read(architecture.down, narrow))
         self._bytes["experts"] += module.nbytes
         self._place(name, module)
 
@@ -277,31 +297,29 @@ class _Loader:
         on_device = {}
         for road in ("resident", "zero-copy"):
             if members[road]:
-                stacks = (self._move(pack(q.select(members[road])), road) for q in (gate_up, down))
-                on_device[road] = split.DeviceRoad(members[road], *stacks)
+                some = [quantized.select(members[road]) for quantized in (gate_up, down)]
+                on_device[road] = split.DeviceRoad(members[road], self._records(some, road))
                 self._backends["experts"]["triton"] += 2
         rest = None
-        if some := members["cpu"]:
-            rest = some, computed((gate_up.select(some), down.select(some)), len(some))
+        if mine := members["cpu"]:
+            rest = mine, computed((gate_up.select(mine), down.select(mine)), len(mine))
         mixed: SplitExperts = split.SplitExperts(
             on_device, rest, len(roads), activation, self.device
         )
         self._by_road.update(mixed.bytes_by_road())
         return mixed
 
-    def _move(self, stack: PackedStack, road: str) -> PackedStack:
-        if self.device.type != "cuda":
-            return stack
-        if road == "resident":
-            return stack.to(self.device)
+    def _records(self, experts: list[QuantizedTensor], road: str) -> Records:
+        cuda = self.device.type == "cuda"
         try:
-            return stack.pinned()
+            records = pack(*experts, pin=cuda and road == "zero-copy")
         except RuntimeError as error:
             raise ResourceError(
-                f"{self.checkpoint.path}: {stack.nbytes / 2**20:.0f} MiB of RAM could not be "
-                f"pinned after {self._bytes['experts'] / 2**30:.2f} GiB: raise the limit of locked "
-                "memory (ulimit -l), or use placement cpu"
+                f"{self.checkpoint.path}: an expert layer could not be pinned in RAM after "
+                f"{self._bytes['experts'] / 2**30:.2f} GiB: raise the limit of locked memory "
+                "(ulimit -l), or use placement cpu"
             ) from error
+        return records.to(self.device) if cuda and road == "resident" else records
 
     def _pack(self, kind: str, name: str, quantized: QuantizedTensor) -> Matrices:
         backend, matrices = to_matrices(quantized, self.dtype)

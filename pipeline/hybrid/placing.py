@@ -69,6 +69,20 @@ def by_request(layers: Mapping[int, LayerExperts], request: str) -> Table:
     return table
 
 
+def as_copies(
+    table: Table, layers: Mapping[int, LayerExperts]
+) -> tuple[dict[int, list[int]], Table]:
+    """For a resident set that follows use: layer -> resident experts, the most used first, and the
+    table of where experts are at home, all of those in pinned memory."""
+    copies: dict[int, list[int]] = {}
+    homes: Table = {}
+    for layer, roads in table.items():
+        ranked = _ranked(_shares(layers[layer]))
+        copies[layer] = [expert for expert in ranked if roads[expert] == "resident"]
+        homes[layer] = ["zero-copy" if road == "resident" else road for road in roads]
+    return {k: v for k, v in copies.items() if v}, homes
+
+
 def count(table: Table) -> dict[str, dict[str, int]]:
     """Layer -> road -> experts, for reports."""
     return {

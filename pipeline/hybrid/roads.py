@@ -49,7 +49,7 @@ def choose(
         table = by_request(layers, placement)
         if all(road == "cpu" for roads in table.values() for road in roads):
             return table
-    reason = _kernels_fail(device)
+    reason = kernels_fail(device)
     if reason:
         _tell_no_kernels(reason)
         return by_request(layers, "cpu")
@@ -90,7 +90,7 @@ def check_memory(
         )
 
 
-def _kernels_fail(device: torch.device) -> str | None:
+def kernels_fail(device: torch.device) -> str | None:
     """Why Triton's kernels do not work on `device`; None when they do.
 
     UserError on a CPU, but for Triton's interpreter.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.hybrid import kernels
+from pipeline.hybrid.grouped import Groups, grouped
+from pipeline.hybrid.matvec import down, gate_up
 from pipeline.hybrid.modules import HybridExperts
-from pipeline.hybrid.packed import PackedStack
-from pipeline.hybrid.placing import Road
+from pipeline.hybrid.placing import ROADS, Road
+from pipeline.hybrid.records import Records
+from pipeline.hybrid.stream import Stream
+
+Pieces = Generator[Callable[[], None], None, Tensor]
+"""Device work cut where the CPU has to do something, which is what is yielded."""
 
 _FEW_TOKENS = 8
 """Up to here each pair reads its expert by itself; above, pairs that share one are put together."""
@@ -19,11 +24,10 @@ _FEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class DeviceRoad:
-    """Experts that the device's kernels compute, in the order of their slots."""
+    """Experts that the device's kernels compute, in the order of their records."""
 
     experts: Sequence[int]
-    gate_up: PackedStack
-    down: PackedStack
+    records: Records
 
 
 class SplitExperts(nn.Module):
@@ -40,70 +44,192 @@ class SplitExperts(nn.Module):
         activation: Callable[[Tensor], Tensor],
         device: torch.device,
     ) -> None:
-        """cpu: the experts it computes, and the module that does; device: of activations."""
+        """cpu: the experts it computes, and the module that does; device: of activations.
+
+        ValueError for an activation other than silu, the one that the kernels know.
+        """
         super().__init__()
+        if activation is not nn.functional.silu:
+            raise ValueError("the kernels know no activation of experts but silu")
         self.num_experts = experts
-        self._activation = activation
-        self._roads = dict(roads)
-        self._slots = {road: _slots(r.experts, experts, -1, device) for road, r in roads.items()}
-        self._cpu = None if cpu is None else cpu[1]
+        self.device_roads = dict(roads)
+        table = torch.zeros(experts, dtype=torch.int64)
+        self._roads = torch.full((experts,), ROADS.index("cpu"))
+        for road, held in self.device_roads.items():
+            members = list(held.experts)
+            table[members] = held.records.addresses()
+            self._roads[members] = ROADS.index(road)
+        self._roads = self._roads.to(device)
+        self._homes = table.to(device)
+        self.table = self._homes.clone()
+        """int64 [experts], on the device: the address of each expert's record, 0: the CPU's."""
+        self.uses: Tensor | None = None
+        """float32 [experts], on the device: where decoding counts calls, if anybody asks."""
+        self._still = torch.zeros_like(table)
+        if "resident" in self.device_roads:
+            members = list(self.device_roads["resident"].experts)
+            self._still[members] = table[members]
+        self._still = self._still.to(device)
+        self._stream: tuple[Stream, int] | None = None
+        self.layout = next(iter(self.device_roads.values())).records.layout
+        self.host: HostRoad | None = None
         if cpu is not None:
-            self._places = _slots(cpu[0], experts, len(cpu[0]), torch.device("cpu"))
+            self.host = HostRoad(cpu[1], _places(cpu[0], experts))
 
     def bytes_by_road(self) -> dict[str, int]:
         """Road -> bytes of its experts."""
-        sizes = {str(k): r.gate_up.nbytes + r.down.nbytes for k, r in self._roads.items()}
-        return sizes if self._cpu is None else {**sizes, "cpu": self._cpu.nbytes}
+        sizes = {str(road): held.records.nbytes for road, held in self.device_roads.items()}
+        return sizes if self.host is None else {**sizes, "cpu": self.host.experts.nbytes}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return sum(self.bytes_by_road().values())
 
+    def roads(self, device: torch.device) -> Tensor:
+        """See `HybridExperts.roads`; an expert with a copy on the device is resident."""
+        roads = torch.where(self.table == self._homes, self._roads, ROADS.index("resident"))
+        return roads.to(device)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `HybridExperts.forward`."""
         host: tuple[Tensor, Tensor, Tensor] | None = None
-        if self._cpu is not None:  # before the kernels are queued, or the copy would wait for them
-            index = self._places[top_k_index.to("cpu")]
-            host = hidden_states.to("cpu"), index, top_k_weights.to("cpu")
-        output = self._on_device(hidden_states.contiguous(), top_k_index, top_k_weights)
-        if self._cpu is not None and host is not None:
-            output += self._cpu(*host).to(output.device, torch.float32)
+        if self.host is not None:  # before the kernels are queued, or the copy would wait for them
+            host = hidden_states.to("cpu"), top_k_index.to("cpu"), top_k_weights.to("cpu")
+        x = hidden_states.contiguous()
+        if x.shape[0] <= _FEW_TOKENS:
+            output = self.few(x, top_k_index, top_k_weights)
+        else:
+            output = self._many(x, top_k_index, top_k_weights)
+        if self.host is not None and host is not None:
+            output = output + self.host(*host).to(output.device, torch.float32)
         return output.to(hidden_states.dtype)
 
-    def _on_device(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def few(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The device's part for a few tokens [T, hidden], float32; nothing is waited for."""
+        part = self.layout.gate_up
+        inner = torch.empty((index.numel(), part.rows // 2), dtype=x.dtype, device=x.device)
+        output = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        if self.uses is not None:
+            flat = index.flatten()
+            self.uses.scatter_add_(0, flat, self.uses.new_ones(flat.shape))
+        gate_up(x, index, self.table, part, inner)
+        down(inner, index, self.table, weights, self.layout.down, output)
+        return output
+
+    def pieces(self, x: Tensor, index: Tensor, weights: Tensor) -> Pieces:
+        """What `forward` computes for a few tokens, float32, as pieces of device work."""
+        if self.host is None:
+            return self.few(x, index, weights)
+        desk = self.host.desk(x, index, weights)
+        desk.bring(x, index, weights)
+        yield desk.note
+        output = self.few(x, index, weights)
+        yield desk.compute
+        return output + desk.take()
+
+    def stream_from(self, stream: Stream, number: int) -> None:
+        """Where long prompts' zero-copy experts come from, and this layer's number there."""
+        slots = _places(self.device_roads["zero-copy"].experts, self.num_experts)
+        self._slots = slots.to(self.table.device)
+        self._stream = stream, number
+
+    def _many(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         chosen = index.flatten()
-        slots = {road: table[chosen] for road, table in self._slots.items()}
-        few = x.shape[0] <= _FEW_TOKENS
-        groups = {
-            road: kernels.Groups(slots[road], len(self._roads[road].experts))
-            for road in ([] if few else slots)
-        }
+        groups = Groups(chosen, self.num_experts)
+        # zeros: pairs of the CPU's experts are in it too
+        inner = x.new_zeros((chosen.numel(), self.layout.gate_up.rows // 2))
+        result = x.new_zeros((chosen.numel(), x.shape[1]))
+        for table in self._tables(chosen.numel()):
+            grouped(x, groups, table, self.layout.gate_up, inner, gated=True)
+            grouped(inner, groups, table, self.layout.down, result, gated=False)
+        scaled = torch.bmm(weights.to(x.dtype).unsqueeze(1), result.view(*index.shape, -1))
+        return scaled.squeeze(1)
 
-        def product(name: str, inputs: Tensor, rows: int) -> Tensor:
-            # zeros: pairs of the CPU's experts are in it too
-            out = torch.zeros((chosen.numel(), rows), dtype=torch.float32, device=x.device)
-            for road, parts in self._roads.items():
-                stack: PackedStack = getattr(parts, name)
-                if few:
-                    kernels.matvec(inputs, slots[road], stack, out)
-                else:
-                    kernels.grouped(inputs, groups[road], stack, out)
-            return out
-
-        one = next(iter(self._roads.values()))
-        gate, up = product("gate_up", x, one.gate_up.rows).chunk(2, dim=-1)
-        inner = (self._activation(gate) * up).to(x.dtype).contiguous()
-        result = product("down", inner, one.down.rows) * weights.flatten().float().unsqueeze(1)
-        return result.view(x.shape[0], -1, result.shape[1]).sum(1)
+    def _tables(self, pairs: int) -> Iterator[Tensor]:
+        """Tables that together name every expert of the device's once, in place when yielded."""
+        if self._stream is None or pairs < self.num_experts:  # most experts would come in vain
+            yield self.table
+            return
+        stream, number = self._stream
+        still: Tensor | int = self._still
+        for part in stream.parts(number):
+            place = self._slots - part.first
+            here = (place >= 0) & (place < part.count)
+            yield torch.where(here, place * self.layout.nbytes + part.address, still)
+            still = 0
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"experts={self.num_experts}, bytes={self.bytes_by_road()}"
 
 
-def _slots(members: Sequence[int], experts: int, missing: int, device: torch.device) -> Tensor:
-    """int64 [experts]: each member's position, `missing` for all others."""
-    table = torch.full((experts,), missing, dtype=torch.int64)
-    table[list(members)] = torch.arange(len(members))
-    return table.to(device)
+class HostRoad(nn.Module):
+    """The experts of a layer that the CPU computes."""
+
+    def __init__(self, experts: HybridExperts, places: Tensor) -> None:
+        """places: int64 [experts of the layer], each one's number in `experts` or its count."""
+        super().__init__()
+        self.experts = experts
+        self._places = places
+        self._desks: dict[torch.Size, Desk] = {}
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The CPU's part of the sum, all tensors on the CPU."""
+        result: Tensor = self.experts(x, self._places[index], weights)
+        return result
+
+    def pieces(self, x: Tensor, index: Tensor, weights: Tensor) -> Pieces:
+        """See `SplitExperts.pieces`, where no expert is the device's."""
+        desk = self.desk(x, index, weights)
+        desk.bring(x, index, weights)
+        yield desk.note
+        yield desk.compute
+        return desk.take().float()
+
+    def desk(self, x: Tensor, index: Tensor, weights: Tensor) -> Desk:
+        """The buffers for so many tokens; always the same, as captured graphs know them."""
+        if x.shape not in self._desks:
+            self._desks[x.shape] = Desk(self, x, index, weights)
+        return self._desks[x.shape]
+
+
+class Desk:
+    """Buffers on the way of a few tokens from the device to the CPU's experts and back."""
+
+    def __init__(self, road: HostRoad, x: Tensor, index: Tensor, weights: Tensor) -> None:
+        """x [T, hidden], index and weights [T, k]: tensors such as will be brought."""
+        cuda = x.device.type == "cuda"
+        self._road = road
+        self._there = [
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=cuda) for t in (x, index, weights)
+        ]
+        self._result = torch.empty(x.shape, dtype=x.dtype, pin_memory=cuda)
+        self._back = torch.empty_like(x)
+        self._arrived = torch.cuda.Event() if cuda else None
+
+    def bring(self, x: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Queue the copies to the CPU."""
+        for buffer, tensor in zip(self._there, (x, index, weights), strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+
+    def note(self) -> None:
+        """To be called when the copies are queued, and nothing behind them yet."""
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def compute(self) -> None:
+        """Wait for the tokens and compute; kernels that were queued since run meanwhile."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self._result.copy_(self._road(*self._there))
+
+    def take(self) -> Tensor:
+        """Queue the way back; [T, hidden] on the device."""
+        return self._back.copy_(self._result, non_blocking=True)
+
+
+def _places(members: Sequence[int], experts: int) -> Tensor:
+    places = torch.full((experts,), len(members), dtype=torch.int64)
+    places[list(members)] = torch.arange(len(members))
+    return places

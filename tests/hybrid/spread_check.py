@@ -14,39 +14,67 @@ from hybrid_models import EXPERTS_ONLY, MODELS, dequantised, write_output
 from test_backends import random_quantized
 
 from pipeline import hybrid
-from pipeline.hybrid import kernels, loader
-from pipeline.hybrid.packed import pack
+from pipeline.hybrid import loader
+from pipeline.hybrid.grouped import Groups, grouped
+from pipeline.hybrid.matvec import down, gate_up
 from pipeline.hybrid.placing import ROADS
+from pipeline.hybrid.records import pack
 from pipeline.hybrid.split import SplitExperts
 from pipeline.quantize.tensor import AffineScheme
 
 
 def products() -> None:
-    """Both kernels against the float64 product, for every scheme; 24 rows fill no tile."""
+    """All kernels against the float64 product, for every scheme; 24 rows fill no tile."""
     schemes = [(4, g, s) for g in (32, 64, 128, -1) for s in (True, False)]
     schemes += [(8, g, s) for g in (32, 128) for s in (True, False)] + [(3, 64, False)]
     for bits, group, symmetric in schemes:
-        dtype, bound = random.choice([(torch.float32, 1e-6), (torch.bfloat16, 0.004)])
-        quantized = random_quantized(4, 24, 128, bits=bits, group=group, symmetric=symmetric)
-        stack, weight = pack(quantized), quantized.dequantize().double()
-        assert torch.equal(stack.unpack().dequantize().double(), weight)
+        dtype, bound = random.choice([(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+        made = {"bits": bits, "group": group, "symmetric": symmetric}
+        wide, narrow = random_quantized(3, 48, 128, **made), random_quantized(3, 24, 128, **made)
+        records = pack(wide, narrow)
+        for got, want in zip(records.unpack(), (wide, narrow), strict=True):
+            assert torch.equal(got.dequantize(), want.dequantize())
+        layout = records.layout
+        table = torch.tensor([0, *records.addresses()])[[1, 2, 0, 3]]  # expert 2 is elsewhere
         share, tokens = random.choice([(1, 9), (3, 3)])
         x = torch.randn(tokens, 128).to(dtype)
-        slots = torch.randint(-1, 4, (tokens * share,))
-        slots[:2] = torch.tensor([-1, 2])
+        index = torch.randint(0, 4, (tokens * share,))
+        index[:2] = torch.tensor([2, 3])
+        mine = index != 2
+        place = index - (index > 2).long()
         rows = x.double().repeat_interleave(share, 0)
-        want = (weight[slots.clamp(min=0)] @ rows.unsqueeze(-1)).squeeze(-1)
-        for name in ("matvec", "grouped"):
-            out = torch.full((len(slots), 24), 7.0)
-            if name == "matvec":
-                kernels.matvec(x, slots, stack, out)
+        gates, ups = product(wide, place, rows).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gates) * ups
+        plain = product(narrow, place, rows)
+        weights = torch.rand(tokens * share).to(dtype)
+        summed = plain * (weights.double() * mine).unsqueeze(1)
+        summed = summed.view(tokens, share, -1).sum(1)
+        groups = Groups(index, 4)
+        for name in ("gate_up", "grouped gate_up", "grouped down", "down"):
+            out = torch.full((len(index), 24), 7.0, dtype=dtype)
+            want = plain if name == "grouped down" else inner
+            if name == "gate_up":
+                gate_up(x, index, table, layout.gate_up, out)
+            elif name == "grouped gate_up":
+                grouped(x, groups, table, layout.gate_up, out, gated=True)
+            elif name == "grouped down":
+                grouped(x, groups, table, layout.down, out, gated=False)
             else:
-                kernels.grouped(x, kernels.Groups(slots, 4), stack, out)
-            assert bool((out[slots < 0] == 7).all()), "wrote to another road's pair"
-            mine = slots >= 0
+                each = x.repeat_interleave(share, 0)
+                out = torch.full((tokens, 24), 7.0)
+                down(each, index, table, weights, layout.down, out)
+                error = ((out.double() - summed).norm() / summed.norm().clamp(min=1)).item()
+                assert error < bound, (made, name, dtype, error)
+                continue
+            assert bool((out[~mine] == 7).all()), "wrote to another road's pair"
             error = ((out.double() - want)[mine].norm() / want[mine].norm()).item()
-            assert error < bound, (bits, group, symmetric, name, dtype, error)
-            print(name, bits, group, symmetric, dtype, f"{error:.1e}")
+            assert error < bound, (made, name, dtype, error)
+        print(made, dtype, f"{error:.1e}")
+
+
+def product(quantized, place, rows):
+    weight = quantized.dequantize().double()
+    return (weight[place.clamp(max=2)] @ rows.unsqueeze(-1)).squeeze(-1)
 
 
 def models(folder: Path) -> None:

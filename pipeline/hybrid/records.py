@@ -1,0 +1,190 @@
+"""The one layout in which experts that a GPU computes are held, wherever they lie: a record each.
+
+A record is one expert's bytes in a row: codes, scales and zeros of gate and up (gate rows first),
+then those of down.  Codes of up to 4 bits lie two in a byte, neighbouring columns, the lower column
+in the low half; codes of more bits one in a byte.  So an expert is one address and one length: it
+moves between host and device in one copy, a layer in one more, and a kernel reads its rows with
+wide loads over PCIe as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+
+_ALIGN = 256
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one matrix `[rows, columns]` lies in a record; offsets in bytes."""
+
+    scheme: AffineScheme
+    rows: int
+    columns: int
+    codes: int
+    """uint8 [rows, width]"""
+    scales: int
+    """float16 [rows, groups]"""
+    zeros: int
+    """uint8 [rows, groups]"""
+
+    @property
+    def paired(self) -> bool:
+        """Whether a byte holds two codes."""
+        return self.scheme.bits <= 4
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row's codes."""
+        return self.columns // 2 if self.paired else self.columns
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.scheme.group(self.columns)
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row."""
+        return self.columns // self.group
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What kernels take: width, group, groups, and the offsets of scales, zeros and codes."""
+        return self.width, self.group, self.groups, self.scales, self.zeros, self.codes
+
+    @property
+    def end(self) -> int:
+        """First byte behind it."""
+        return self.zeros + self.rows * self.groups
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a layer's records are made of."""
+
+    gate_up: Part
+    down: Part
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from one record to the next."""
+        return _up(self.down.end)
+
+
+class Records:
+    """Equally built experts, one record after the other."""
+
+    def __init__(self, layout: Layout, data: Tensor) -> None:
+        """data: uint8 [N, layout.nbytes], contiguous."""
+        self.layout = layout
+        self.data = data
+
+    @property
+    def count(self) -> int:
+        """Experts."""
+        return self.data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return self.data.nbytes
+
+    def addresses(self) -> Tensor:
+        """int64 [N]: where each record begins, for kernels; on the CPU."""
+        return torch.arange(self.count) * self.layout.nbytes + self.data.data_ptr()
+
+    def to(self, device: torch.device | str) -> Records:
+        """The same bytes on another device."""
+        return Records(self.layout, self.data.to(device))
+
+    def unpack(self) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """Gate and up, and down, as they were before `pack`."""
+        first, second = (self._unpack(part) for part in (self.layout.gate_up, self.layout.down))
+        return first, second
+
+    def _unpack(self, part: Part) -> QuantizedTensor:
+        codes, scales, zeros = views(self.data, part)
+        if part.paired:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+        arrays = {"codes": codes, "scales": scales, "zeros": zeros}
+        return QuantizedTensor(part.scheme, arrays)
+
+
+def packable(scheme: AffineScheme, columns: int) -> bool:
+    """Whether a byte's codes always share a group, as the kernels take for granted."""
+    return scheme.bits > 4 or scheme.group(columns) % 2 == 0
+
+
+def layout_of(gate_up: QuantizedTensor, down: QuantizedTensor) -> Layout:
+    """The record for experts of these shapes; ValueError where `packable` says no."""
+    first = _part(gate_up, 0)
+    return Layout(first, _part(down, _up(first.end)))
+
+
+def pack(gate_up: QuantizedTensor, down: QuantizedTensor, *, pin: bool = False) -> Records:
+    """Batches `[N, 2 * inner, hidden]` and `[N, hidden, inner]` as records in host memory.
+
+    pin: page-locked, so that a GPU's kernels can read them; released with the last reference.
+    Raises ValueError where `packable` says no, RuntimeError when memory cannot be pinned.
+    """
+    layout = layout_of(gate_up, down)
+    data = host_memory(gate_up.shape[0] * layout.nbytes, pin=pin).view(-1, layout.nbytes)
+    for quantized, part in ((gate_up, layout.gate_up), (down, layout.down)):
+        codes, scales, zeros = views(data, part)
+        new = quantized.arrays["codes"]
+        codes.copy_(new[..., 0::2] | new[..., 1::2] << 4 if part.paired else new)
+        scales.copy_(quantized.arrays["scales"])
+        zeros.copy_(quantized.arrays["zeros"])
+    return Records(layout, data)
+
+
+def views(data: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros of one matrix of all records `data`, sharing its memory."""
+
+    def view(start: int, columns: int, dtype: torch.dtype) -> Tensor:
+        flat = data[:, start : start + part.rows * columns * dtype.itemsize]
+        return flat.view(dtype).unflatten(1, (part.rows, columns))
+
+    return (
+        view(part.codes, part.width, torch.uint8),
+        view(part.scales, part.groups, torch.float16),
+        view(part.zeros, part.groups, torch.uint8),
+    )
+
+
+def host_memory(nbytes: int, *, pin: bool) -> Tensor:
+    """uint8 [nbytes] at a page's beginning; RuntimeError when it cannot be pinned.
+
+    torch's own pinned allocator rounds up to powers of two and keeps what was freed.
+    """
+    room = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
+    skip = -room.data_ptr() % _PAGE
+    data = room[skip : skip + nbytes]
+    if pin:
+        cudart = torch.cuda.cudart()
+        torch.cuda.check_error(cudart.cudaHostRegister(data.data_ptr(), nbytes, 0))
+        weakref.finalize(room.untyped_storage(), cudart.cudaHostUnregister, data.data_ptr())
+    return data
+
+
+def _part(quantized: QuantizedTensor, start: int) -> Part:
+    scheme = quantized.scheme
+    rows, columns = quantized.shape[-2:]
+    if not packable(scheme, columns):
+        raise ValueError(f"{scheme} has groups of an odd number of columns")
+    width = columns // 2 if scheme.bits <= 4 else columns
+    scales = _up(start + rows * width)
+    zeros = _up(scales + 2 * rows * (columns // scheme.group(columns)))
+    return Part(scheme, rows, columns, start, scales, zeros)
+
+
+def _up(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN

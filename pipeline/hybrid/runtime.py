@@ -1,0 +1,47 @@
+"""What connects a loaded model's layers: prefill's stream, copies that follow use, decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.hybrid.generation import install
+from pipeline.hybrid.residency import Residency
+from pipeline.hybrid.split import SplitExperts
+from pipeline.hybrid.stream import Stream
+
+
+def connect(
+    model: PreTrainedModel,
+    copies: Mapping[int, Sequence[int]] | None = None,
+    *,
+    kernels: bool | None = None,
+) -> Residency | None:
+    """Stream zero-copy experts to long prompts, and let `model.generate` decode in fixed buffers.
+
+    copies: per decoder layer, the experts to begin with of those that get copies on the device; as
+    many in every layer as the mean, and which follows use from then on.  None: no copies.
+    kernels: see `Decoder`.
+    """
+    layers = {
+        number: layer.mlp.experts
+        for number, layer in enumerate(model.model.layers)
+        if isinstance(getattr(layer.mlp, "experts", None), SplitExperts)
+        and "zero-copy" in layer.mlp.experts.device_roads
+    }
+    residency = None
+    if layers:
+        device: torch.device = model.device
+        records = [split.device_roads["zero-copy"].records for split in layers.values()]
+        stream = Stream(records, device)
+        for number, split in enumerate(layers.values()):
+            split.stream_from(stream, number)
+        if copies:
+            begin = [copies.get(number, ()) for number in layers]
+            each = max(1, sum(map(len, begin)) // len(begin))
+            residency = Residency(list(layers.values()), each, device)
+            residency.begin_with(begin)
+    install(model, residency, kernels=kernels)
+    return residency

@@ -1,0 +1,293 @@
+"""Prefill and decode of Qwen3-Next-80B's geometry on one GPU, placement by placement.
+
+    python scripts/bench_hybrid.py --device-memory 10GiB
+    python scripts/bench_hybrid.py --layers 8 --placements zero-copy --steps decode --profile
+
+Weights are random, experts packed in place (`hybrid_model.py`); kernels, roads and memory are those
+of a loaded model.  Decode is greedy, batch 1; at long contexts the cache is empty but read in full.
+torch is held to `--device-memory`, less what the CUDA context takes.  Figures of fewer layers are
+also scaled to 48, and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import psutil
+import torch
+from hybrid_model import Shares, build
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+
+from pipeline.hybrid.decode import Decoder
+from pipeline.hybrid.placing import ROADS, cpu_rate
+from pipeline.hybrid.records import host_memory
+from pipeline.hybrid.runtime import connect
+from pipeline.sizes import parse_size
+
+FULL_LAYERS = 48
+PROMPTS = (512, 4096, 16384)
+CONTEXTS = (128, 4096, 32768)
+EXPERT_KERNELS = ("_gate_up_kernel", "_down_kernel", "_grouped_kernel")
+LAPTOP = {"pcie": 13.0e9, "ram": 70e9, "gpu": 500e9}
+"""RTX 4090 laptop: PCIe 4 x8 (15.75 GB/s), two channels of DDR5-5600 (89.6 GB/s), 576 GB/s; each
+taken at what this kind of link usually gives."""
+
+
+@dataclass
+class Figures:
+    """One placement's row of the table."""
+
+    placement: str
+    build_seconds: float = 0.0
+    device_gib: float = 0.0
+    host_gib: float = 0.0
+    prefill: dict[int, float] = field(default_factory=dict)
+    decode: dict[int, float] = field(default_factory=dict)
+    split: str = ""
+
+
+def main() -> None:
+    args = _arguments()
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    print(time.strftime("%Y-%m-%d %H:%MZ", time.gmtime()), "commit", args.commit)
+    print(f"{platform.processor() or platform.machine()}, {args.threads} threads;", _gpu(device))
+    cuda = device.type == "cuda"
+    if cuda and args.device_memory:
+        _limit(device, parse_size(args.device_memory))
+    rates = machine(device) if "machine" in args.steps else {}
+    rows = []
+    for placement in args.placements:
+        rows.append(measure(placement, args, device))
+        print_table(rows[-1:], args.layers)
+    if len(rows) > 1:
+        print_table(rows, args.layers)
+    if rates:
+        print_roofline(rates)
+
+
+def machine(device: torch.device) -> dict[str, float]:
+    """Bytes per second of PCIe, RAM, the CPU's product and the device's memory."""
+    size = 1 << 29
+    ram = torch.ones(size // 8, dtype=torch.int64)
+    rates = {"ram": size / _best(ram.sum), "cpu": cpu_rate(size)}
+    if device.type == "cuda":
+        pinned = host_memory(size, pin=True)
+        target = torch.empty(size, dtype=torch.uint8, device=device)
+        rates["pcie"] = size / _best(lambda: target.copy_(pinned, non_blocking=True))
+        rates["gpu"] = 2 * size / _best(lambda: target.copy_(target.flip(0)), 3)
+        rates["gpu"] = size / _best(lambda: target.view(torch.int64).sum())
+    print("measured rates:", ", ".join(f"{k} {v / 1e9:.0f} GB/s" for k, v in rates.items()))
+    return rates
+
+
+def measure(placement: str, args: argparse.Namespace, device: torch.device) -> Figures:
+    """Build the model so placed, time it, and let go of it."""
+    figures = Figures(placement)
+    started = time.perf_counter()
+    model = build(args.layers, args.experts, device, _shares(placement))
+    connect(model)
+    _wait(device)
+    figures.build_seconds = time.perf_counter() - started
+    ids = torch.randint(5, model.config.vocab_size, (1, max(PROMPTS)), device=device)
+    with torch.inference_mode():
+        if "prefill" in args.steps:
+            for length in args.prompts:
+                figures.prefill[length] = _prefill(model, ids[:, :length], device)
+                if args.profile and length == 4096:
+                    _show("prefill", partial(_prefill_once, model, ids[:, :4096]), device)
+        if "decode" in args.steps:
+            for context in args.contexts:
+                decoder = at_context(model, ids[:, :64], context)
+                figures.decode[context] = 1 / _step_seconds(decoder, device, args.tokens)
+                if context == 4096 or (context == args.contexts[-1] and not figures.split):
+                    figures.split = _split(decoder, device, args.profile)
+                del decoder
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        figures.device_gib = (total - free) / 2**30
+    figures.host_gib = psutil.Process().memory_info().rss / 2**30
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return figures
+
+
+def at_context(model: PreTrainedModel, ids: Tensor, context: int) -> Decoder:
+    """A decoder that has read a short prompt and stands at `context`."""
+    decoder = Decoder(model, 1, context + 256)
+    decoder.prefill(ids)
+    decoder.filled = context
+    decoder._position.fill_(context)
+    return decoder
+
+
+def _prefill(model: PreTrainedModel, ids: Tensor, device: torch.device) -> float:
+    """Tokens per second, the second time."""
+    for _ in range(2):
+        started = time.perf_counter()
+        _prefill_once(model, ids)
+        _wait(device)
+        seconds = time.perf_counter() - started
+    return ids.shape[1] / seconds
+
+
+def _prefill_once(model: PreTrainedModel, ids: Tensor) -> None:
+    Decoder(model, 1, ids.shape[1] + 64).prefill(ids)
+
+
+def _step_seconds(decoder: Decoder, device: torch.device, steps: int) -> float:
+    for _ in range(3):
+        decoder.step()
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        decoder.step()
+    _wait(device)
+    return (time.perf_counter() - started) / steps
+
+
+def _split(decoder: Decoder, device: torch.device, show: bool) -> str:
+    """Milliseconds of one step: experts' kernels, other kernels, and the rest of the wall clock."""
+    steps = 4
+    wall = _step_seconds(decoder, device, 8) * 1e3
+    if device.type != "cuda":
+        return f"{wall:.1f} ms"
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            decoder.step()
+        _wait(device)
+    events = recorded.key_averages()
+    everything = sum(e.self_device_time_total for e in events) / steps / 1e3
+    experts = sum(
+        e.self_device_time_total for e in events if e.key.startswith(EXPERT_KERNELS)
+    ) / steps / 1e3  # fmt: skip
+    if show:
+        _print_events("decode step", recorded, steps)
+    return (
+        f"experts {experts:.2f} + others {everything - experts:.2f} + rest "
+        f"{wall - everything:.2f} = {wall:.2f} ms"
+    )
+
+
+def _show(name: str, call: Callable[[], None], device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+        _wait(device)
+    _print_events(name, recorded, 1)
+
+
+def _print_events(name: str, recorded: profile, steps: int) -> None:
+    print(f"kernels of one {name}:")
+    events = sorted(recorded.key_averages(), key=lambda e: -e.self_device_time_total)
+    for event in events[:14]:
+        each = event.self_device_time_total / steps
+        print(f"{each:10.0f} us {event.count // steps:6d} x {event.key[:70]}")
+
+
+def print_table(rows: list[Figures], layers: int) -> None:
+    """One line a placement, and what follows from fewer layers for all."""
+    for row in rows:
+        print(
+            f"{row.placement:24s} build {row.build_seconds:.0f} s  device {row.device_gib:.2f} GiB"
+            f"  host {row.host_gib:.1f} GiB"
+        )
+        for name, figures in (("prefill", row.prefill), ("decode", row.decode)):
+            for length, rate in figures.items():
+                scaled = rate * layers / FULL_LAYERS
+                note = "" if layers == FULL_LAYERS else f" ({scaled:,.1f} scaled to 48 layers)"
+                print(f"  {name:8s} {length:6d}: {rate:9,.1f} tok/s{note}")
+        if row.split:
+            print("  one step:", row.split)
+
+
+def print_roofline(rates: dict[str, float]) -> None:
+    """What bytes alone allow, here and on the user's likely machine."""
+    experts, others, layer = 48 * 10 * 1.63e6, 4.09e9, 512 * 1.63e6
+    for name, at in (("here", rates), ("laptop", LAPTOP)):
+        if "pcie" not in at:
+            continue
+        ram = at["ram"]
+        for hits in (0.0, 0.3, 0.7):
+            misses = experts * (1 - hits)
+            rest = others / at["gpu"] + experts * hits / at["gpu"]
+            one = rest + misses / at["pcie"]
+            both = rest + misses / (at["pcie"] + max(ram - at["pcie"], 0))
+            print(
+                f"roofline {name:7s} {hits:.0%} hits: decode {1 / one:.0f} tok/s over PCIe alone, "
+                f"{1 / both:.0f} with both roads"
+            )
+        print(f"roofline {name:7s} prefill 4096: {4096 / (48 * layer / at['pcie']):,.0f} tok/s")
+
+
+def _shares(placement: str) -> Shares:
+    shares: Shares = {}
+    for piece in placement.split(","):
+        road, _, part = piece.partition(":")
+        shares[next(known for known in ROADS if known == road)] = float(part or 1)
+    return shares
+
+
+def _limit(device: torch.device, limit: int) -> None:
+    torch.zeros(1, device=device)
+    free, total = torch.cuda.mem_get_info(device)
+    context = total - free
+    torch.cuda.set_per_process_memory_fraction((limit - context) / total, device)
+    print(f"device memory limited to {limit / 2**30:.1f} GiB, {context / 2**30:.2f} of it context")
+
+
+def _best(call: Callable[[], object], times: int = 4) -> float:
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _gpu(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    return f"{name}, torch {torch.__version__}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=FULL_LAYERS)
+    parser.add_argument("--experts", type=int, default=512)
+    parser.add_argument("--placements", nargs="+", default=["zero-copy"])
+    parser.add_argument(
+        "--steps", nargs="+", choices=("machine", "prefill", "decode"),
+        default=["machine", "prefill", "decode"],
+    )  # fmt: skip
+    parser.add_argument("--prompts", nargs="+", type=int, default=list(PROMPTS))
+    parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
+    parser.add_argument("--tokens", type=int, default=50, help="decode steps that are timed")
+    parser.add_argument("--device-memory", default=None, help="such as 10GiB")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--commit", default=os.environ.get("REQUANT_COMMIT", "unknown"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Qwen3-Next at its true geometry for benchmarks: random weights, experts packed in place.
+
+One layer's experts are random int4 codes; other layers hold copies of the same bytes at addresses
+of their own, which takes seconds where quantising would take minutes.  Nothing else is cut short:
+modules, kernels and roads are those of a loaded model.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from synthetic_geometries import MODELS
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.placing import ROADS, Road
+from pipeline.hybrid.records import Layout, Records, host_memory, layout_of
+from pipeline.hybrid.split import DeviceRoad, SplitExperts
+from pipeline.hybrid.stored import to_matrices
+from pipeline.models.skeleton import build_skeleton, model_config, rotary_embedding
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+
+SCHEME = AffineScheme(4, 128, True)
+Shares = dict[Road, float]
+
+
+def build(layers: int, experts: int, device: torch.device, shares: Shares) -> PreTrainedModel:
+    """A model of that many layers; `shares`: the part of each layer's experts on each road."""
+    geometry = MODELS["qwen3-next-80b"].cut(layers, experts)
+    model = build_skeleton(model_config(geometry.config), torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.Identity()
+    _fill(model, device)
+    model.model.rotary_emb = rotary_embedding(model, device)
+    block = random_records(experts, geometry.hidden, geometry.inner)
+    for layer, split in zip(model.model.layers, _all(block, layers, shares, device), strict=True):
+        layer.mlp.experts = split
+    return model.eval()
+
+
+def random_records(experts: int, hidden: int, inner: int) -> Records:
+    """One layer's experts in plain host memory."""
+    layout = full_layout(hidden, inner)
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randint(
+        -(2**63), 2**63 - 1, (experts, layout.nbytes // 8), dtype=torch.int64, generator=generator
+    ).view(torch.uint8)
+    for part in (layout.gate_up, layout.down):
+        scales = data[:, part.scales : part.scales + 2 * part.rows * part.groups]
+        scales.view(torch.float16).fill_(0.004)
+        data[:, part.zeros : part.zeros + part.rows * part.groups] = 8
+    return Records(layout, data)
+
+
+def full_layout(hidden: int, inner: int) -> Layout:
+    """The record of one expert."""
+    shapes = (2 * inner, hidden), (hidden, inner)
+    wide, narrow = (_empty(1, rows, columns) for rows, columns in shapes)
+    return layout_of(wide, narrow)
+
+
+def _empty(count: int, rows: int, columns: int) -> QuantizedTensor:
+    groups = columns // SCHEME.group_size
+    codes = torch.empty((count, rows, columns), dtype=torch.uint8)
+    scales = torch.empty((count, rows, groups), dtype=torch.float16)
+    return QuantizedTensor(
+        SCHEME, {"codes": codes, "scales": scales, "zeros": torch.empty_like(scales).byte()}
+    )
+
+
+def _fill(model: PreTrainedModel, device: torch.device) -> None:
+    torch.manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        new = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        if name.endswith("norm.weight") and "linear_attn" not in name:
+            new.zero_()
+        elif name.endswith(("dt_bias", "linear_attn.norm.weight")):
+            new.fill_(1)
+        elif name.endswith("A_log"):
+            new.uniform_(0.01, 16).log_()
+        else:
+            new.normal_(std=0.02)
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, nn.Parameter(new, requires_grad=False))
+
+
+def _all(
+    block: Records, layers: int, shares: Shares, device: torch.device
+) -> list[SplitExperts | HybridExperts]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda number: _layer(block, number, shares, device), range(layers)))
+
+
+def _layer(
+    block: Records, number: int, shares: Shares, device: torch.device
+) -> SplitExperts | HybridExperts:
+    mixed = torch.randperm(block.count, generator=torch.Generator().manual_seed(number))
+    order, start = mixed.tolist(), 0
+    roads: dict[Road, DeviceRoad] = {}
+    cpu = None
+    for road in ROADS:
+        count = round(shares.get(road, 0.0) * block.count)
+        members, start = order[start : start + count], start + count
+        if not members:
+            continue
+        if road == "cpu":
+            some = Records(block.layout, block.data[:count]).unpack()
+            wide, narrow = (to_matrices(q, torch.bfloat16)[1] for q in some)
+            cpu = members, HybridExperts(wide, narrow, count, nn.functional.silu)
+        elif road == "resident":
+            roads[road] = DeviceRoad(members, Records(block.layout, block.data[:count].to(device)))
+        else:
+            data = host_memory(count * block.layout.nbytes, pin=device.type == "cuda")
+            data = data.view(count, -1).copy_(block.data[:count])
+            roads[road] = DeviceRoad(members, Records(block.layout, data))
+    if not roads and cpu is not None:
+        return cpu[1]
+    return SplitExperts(roads, cpu, block.count, nn.functional.silu, device)
