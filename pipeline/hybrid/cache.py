@@ -11,9 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
-KINDS = {"full_attention", "linear_attention"}
-"""Layer types that `FixedCache` knows."""
-
 
 class FixedAttention(StaticLayer):
     """Keys and values of one layer.

@@ -16,9 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.hybrid import qwen3_next_step
 from pipeline.hybrid.cache import FixedCache
-from pipeline.hybrid.qwen3_next_step import Frame, halves
+from pipeline.hybrid.qwen3_next_step import Frame
 from pipeline.hybrid.residency import DECAY, Residency
+
+STEPS = {"qwen3_next": qwen3_next_step.halves}
+"""model_type -> its layers as halves; other architectures decode as transformers does it."""
 
 PREFILL_CHUNK = 4096
 """Tokens of a prompt that go through the model at once."""
@@ -150,6 +154,7 @@ class Decoder:
     def _build(self) -> None:
         self._rotary = self._turn()
         self._frame = Frame(self._hidden, self._rotary, self._position, self._begins, self.cache)
+        halves = STEPS[self.model.config.model_type]
         for number, layer in enumerate(self.model.model.layers):
             self._halves += halves(layer, number, self._frame, kernels=self._kernels)
 

@@ -18,8 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from pipeline.hybrid.cache import KINDS
-from pipeline.hybrid.decode import Decoder
+from pipeline.hybrid.decode import STEPS, Decoder
 from pipeline.hybrid.residency import Residency
 
 MOST_SEQUENCES = 8
@@ -33,9 +32,9 @@ def install(
 ) -> None:
     """Make `model.generate` decode in fixed buffers, on a GPU by captured graphs.
 
-    kernels: see `Decoder`.  A model with layers that the cache does not know is left as it is.
+    kernels: see `Decoder`.  A model of an architecture without decode steps is left as it is.
     """
-    if not set(model.config.layer_types) <= KINDS:
+    if model.config.model_type not in STEPS:
         return
     decoding = _Decoding(model, residency, kernels)
 

@@ -26,10 +26,10 @@ def connect(
     kernels: see `Decoder`.
     """
     layers = {
-        number: layer.mlp.experts
+        number: module
         for number, layer in enumerate(model.model.layers)
-        if isinstance(getattr(layer.mlp, "experts", None), SplitExperts)
-        and "zero-copy" in layer.mlp.experts.device_roads
+        for module in layer.modules()
+        if isinstance(module, SplitExperts) and "zero-copy" in module.device_roads
     }
     residency = None
     if layers:
