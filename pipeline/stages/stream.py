@@ -82,6 +82,7 @@ class LayerStream:
         self.geometry = geometry_of(architecture, checkpoint.config, str(checkpoint.path))
         self._model = build_skeleton(model_config(checkpoint.config), dtype)
         self._rotary = rotary_embedding(self._model, device)
+        self._built: nn.Module | None = None
 
     def dense_names(self, layer: int) -> list[str]:
         """Names of a layer's tensors outside the routed experts."""
@@ -102,9 +103,15 @@ class LayerStream:
         return {n: self.checkpoint.load(n, self.device) for n in self.dense_names(layer)}
 
     def build_layer(self, layer: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The layer's module with its dense tensors in place, in the compute dtype."""
+        """The layer's module with its dense tensors in place, in the compute dtype.
+
+        The layer built before, if it was another one, gives up its own.
+        """
         prefix = self.architecture.layer_prefix(layer)
         module = self._model.get_submodule(prefix.rstrip("."))
+        if self._built is not None and self._built is not module:
+            assign(self._built, {n: p.to("meta") for n, p in self._built.named_parameters()})
+        self._built = module
         if layer in self.geometry.moe_layers:
             parent, _, name = self.architecture.experts.rpartition(".")
             module.get_submodule(parent).register_module(name, _Recorder())

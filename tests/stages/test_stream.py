@@ -72,6 +72,17 @@ def test_token_batches_change_nothing(micro, one_thread, monkeypatch):
     assert _relative(_streamed(micro, windows, torch.float32), whole) < 1e-5
 
 
+def test_a_layer_holds_memory_while_it_is_the_current_one_only(micro):
+    layers = stream.LayerStream(Checkpoint.open(micro), QWEN, torch.device("cpu"))
+    first = layers.build_layer(0, layers.load_dense(0))
+    again = layers.build_layer(0, layers.load_dense(0))
+    assert again is first
+    assert not any(p.is_meta for p in first.parameters())
+    second = layers.build_layer(1, layers.load_dense(1))
+    assert all(p.is_meta for p in first.parameters())
+    assert not any(p.is_meta for p in second.parameters())
+
+
 def _counted(model, tokens):
     """Tokens that every expert of every layer sees in a forward pass of the whole model."""
     counts = {}
