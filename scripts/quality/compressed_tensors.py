@@ -26,7 +26,7 @@ BITS = 4
 
 def unpack(words: Tensor) -> Tensor:
     """int32 [..., n] -> signed codes, int32 [..., n * 8]."""
-    shifts = torch.arange(0, 32, BITS, dtype=torch.int32)
+    shifts = torch.arange(0, 32, BITS, dtype=torch.int32, device=words.device)
     # The shift of a signed word drags its sign along; the mask cuts that off.
     codes = (words.unsqueeze(-1) >> shifts) & (2**BITS - 1)
     return codes.flatten(-2) - 2 ** (BITS - 1)
