@@ -1,0 +1,73 @@
+"""With a GPU: captured decode steps are the model's, allocate nothing, and leave nothing behind."""
+
+import gc
+
+import pytest
+import torch
+from hybrid_models import MODELS, dequantised, write_output
+
+from pipeline import hybrid
+from pipeline.quantize.tensor import AffineScheme
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+decode = pytest.importorskip("pipeline.hybrid.decode", exc_type=ImportError)
+PLACEMENTS = ["resident", "zero-copy", "cpu", "resident:0.25,zero-copy:0.5,cpu:0.25"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_output(
+        MODELS / "qwen3-next-tiny-nf4", tmp_path_factory.mktemp("gpu"), AffineScheme(4, 32, True)
+    )
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("follow_use", [True, False])
+def test_steps_are_the_models(directory, placement, follow_use):
+    """Float32, two sequences, random tokens; first by graphs, then fused without graphs."""
+    plain = dequantised(directory, torch.float32)
+    model = hybrid.load(directory, dtype=torch.float32, placement=placement, follow_use=follow_use)
+    ids = torch.randint(5, model.config.vocab_size, (2, 70))
+    for graphs in (True, False):
+        decoder = decode.Decoder(model, 2, 128, graphs=graphs)
+        got = decoder.prefill(ids.cuda())
+        with torch.inference_mode():
+            want = plain(ids, use_cache=True)
+            for _ in range(12):
+                error = (got.cpu() - want.logits[:, -1]).norm() / want.logits[:, -1].norm()
+                assert error < 5e-3
+                tokens = torch.randint(5, model.config.vocab_size, (2,))
+                decoder.tokens.copy_(tokens)
+                got = decoder.step()
+                want = plain(tokens[:, None], past_key_values=want.past_key_values, use_cache=True)
+
+
+def test_a_step_allocates_nothing(directory):
+    model = hybrid.load(directory, placement="zero-copy")
+    decoder = decode.Decoder(model, 1, 256)
+    decoder.prefill(torch.randint(5, 500, (1, 20), device="cuda"))
+    decoder.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(200):
+        decoder.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_two_models_and_nothing_left(directory):
+    """Both generate at once; when they are gone, so is their memory, pinned memory too."""
+    ids = torch.randint(5, 500, (1, 40), device="cuda")
+    wanted = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    models = [hybrid.load(directory, placement="zero-copy") for _ in range(2)]
+    first, second, again = (models[i].generate(ids, **wanted) for i in (0, 1, 0))
+    assert torch.equal(first, second) and torch.equal(first, again)
+    del models, first, second, again
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() - before < 1 << 20
