@@ -14,6 +14,9 @@ from pipeline.hybrid.loader import load
 
 Memory = str | int
 
+HOOKED = ("forward", "_prepare_cache_for_generation")
+"""Methods that decoding on a GPU puts in the place of the class's (`generation.py`)."""
+
 
 def from_pretrained(
     path: Path | str,
@@ -22,6 +25,7 @@ def from_pretrained(
     max_memory: Mapping[int | str, Memory] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     placement: str = "cpu",
+    follow_use: bool = True,
 ) -> PreTrainedModel:
     """`load` in transformers' words.
 
@@ -50,6 +54,7 @@ def from_pretrained(
         device=device,
         dtype=dtype,
         placement=placement,
+        follow_use=follow_use,
     )
 
 
@@ -59,6 +64,7 @@ def place(
     device_memory: Memory | None = None,
     device: torch.device | str | None = None,
     placement: str = "cpu",
+    follow_use: bool = True,
 ) -> PreTrainedModel:
     """Turn a model that was loaded from one of our directories, dense or hybrid, into a hybrid one
     of this placement, in place; returns it.
@@ -71,7 +77,14 @@ def place(
     if not (path / "config.json").is_file():
         raise UserError(f"place: the model's name_or_path, {path}, is not a model directory")
     dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
-    new = load(path, device_memory=device_memory, device=device, dtype=dtype, placement=placement)
+    new = load(
+        path,
+        device_memory=device_memory,
+        device=device,
+        dtype=dtype,
+        placement=placement,
+        follow_use=follow_use,
+    )
     if type(new) is not type(model):
         raise UserError(f"place: {path} holds a {type(new).__name__}, not {type(model).__name__}")
     for name, child in new.named_children():
@@ -79,4 +92,8 @@ def place(
     model.tie_weights()
     for name in ("hybrid_quantization", "hybrid_placement", "save_pretrained"):
         setattr(model, name, getattr(new, name))
+    for name in HOOKED:  # bound to `new`, whose parts are this model's
+        vars(model).pop(name, None)
+        if name in vars(new):
+            setattr(model, name, vars(new)[name])
     return model.eval()

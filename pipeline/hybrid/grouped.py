@@ -37,6 +37,7 @@ def _tile(
     codes_at,
     like,
     PAIRED: tl.constexpr,
+    ZERO: tl.constexpr,
 ):
     """Dequantised weights [ROWS, columns of BYTES bytes], rounded to the type of `like`."""
     per: tl.constexpr = 2 if PAIRED else 1
@@ -47,7 +48,9 @@ def _tile(
     code = tl.load(codes + row[:, None] * width + byte[None, :], mask=inside, other=0)
     place = row[:, None] * groups + (byte * per // group)[None, :]
     scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
+    zero = ZERO * 1.0
+    if ZERO == 0:
+        zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
     if PAIRED:
         low = (((code & 15).to(tl.float32) - zero) * scale).to(like)
         high = (((code >> 4).to(tl.float32) - zero) * scale).to(like)
@@ -75,6 +78,7 @@ def _grouped_kernel(
     share,
     GATED: tl.constexpr,
     PAIRED: tl.constexpr,
+    ZERO: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -115,6 +119,7 @@ def _grouped_kernel(
             codes_at,
             like,
             PAIRED,
+            ZERO,
         )
         if WIDEN:
             left, weight = left.to(tl.float32), weight.to(tl.float32)
@@ -133,6 +138,7 @@ def _grouped_kernel(
                 codes_at,
                 like,
                 PAIRED,
+                ZERO,
             )
             if WIDEN:
                 weight = weight.to(tl.float32)
@@ -183,6 +189,7 @@ def grouped(
         x, groups.order, groups.expert, groups.start, groups.ends, table, out, rows,
         *part.sizes, groups.pairs // x.shape[0],
         GATED=gated, PAIRED=part.paired,
+        ZERO=part.zero,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         WIDEN=_INTERPRETED,  # numpy multiplies no bfloat16
         PAIRS=groups.tile, ROWS=_ROWS,

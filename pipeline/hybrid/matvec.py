@@ -36,6 +36,7 @@ def _product(
     zeros_at,
     codes_at,
     PAIRED: tl.constexpr,
+    ZERO: tl.constexpr,
     BYTES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -52,7 +53,9 @@ def _product(
         code = tl.load(codes + row[:, None] * width + byte[None, :], mask=inside, other=0)
         place = row[:, None] * groups + (byte * per // group)[None, :]
         scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
+        zero = ZERO * 1.0
+        if ZERO == 0:
+            zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
         left = tl.load(source + byte * per, mask=used, other=0.0).to(tl.float32)
         if PAIRED:
             right = tl.load(source + byte * 2 + 1, mask=used, other=0.0).to(tl.float32)
@@ -79,6 +82,7 @@ def _gate_up_kernel(
     codes_at,
     share,
     PAIRED: tl.constexpr,
+    ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
@@ -102,6 +106,7 @@ def _gate_up_kernel(
         zeros_at,
         codes_at,
         PAIRED,
+        ZERO,
         BYTES,
         ROWS,
     )
@@ -117,6 +122,7 @@ def _gate_up_kernel(
         zeros_at,
         codes_at,
         PAIRED,
+        ZERO,
         BYTES,
         ROWS,
     )
@@ -141,6 +147,7 @@ def _down_kernel(
     codes_at,
     share,
     PAIRED: tl.constexpr,
+    ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
@@ -166,6 +173,7 @@ def _down_kernel(
                 zeros_at,
                 codes_at,
                 PAIRED,
+                ZERO,
                 BYTES,
                 ROWS,
             )
@@ -182,7 +190,8 @@ def gate_up(x: Tensor, index: Tensor, table: Tensor, part: Part, out: Tensor) ->
     inner = part.rows // 2
     _gate_up_kernel[(triton.cdiv(inner, _ROWS), index.numel())](
         x, index, table, out, inner, *part.sizes, index.numel() // x.shape[0],
-        PAIRED=part.paired, ROWS=_ROWS, BYTES=_vector_bytes(part),
+        PAIRED=part.paired,
+        ZERO=part.zero, ROWS=_ROWS, BYTES=_vector_bytes(part),
     )  # fmt: skip
 
 
@@ -194,7 +203,8 @@ def down(x: Tensor, index: Tensor, table: Tensor, weights: Tensor, part: Part, o
     """
     _down_kernel[(triton.cdiv(part.rows, _ROWS), out.shape[0])](
         x, index, table, weights, out, part.rows, *part.sizes, index.numel() // out.shape[0],
-        PAIRED=part.paired, ROWS=_ROWS, BYTES=_vector_bytes(part),
+        PAIRED=part.paired,
+        ZERO=part.zero, ROWS=_ROWS, BYTES=_vector_bytes(part),
     )  # fmt: skip
 
 

@@ -33,7 +33,12 @@ class Part:
     scales: int
     """float16 [rows, groups]"""
     zeros: int
-    """uint8 [rows, groups]"""
+    """uint8 [rows, groups]; nothing where the scheme is symmetric, as all are `zero`"""
+
+    @property
+    def zero(self) -> int:
+        """The zero of a symmetric scheme; 0: they are stored."""
+        return 1 << (self.scheme.bits - 1) if self.scheme.symmetric else 0
 
     @property
     def paired(self) -> bool:
@@ -63,7 +68,7 @@ class Part:
     @property
     def end(self) -> int:
         """First byte behind it."""
-        return self.zeros + self.rows * self.groups
+        return self.zeros + (0 if self.zero else self.rows * self.groups)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,10 @@ class Records:
         return first, second
 
     def _unpack(self, part: Part) -> QuantizedTensor:
-        codes, scales, zeros = views(self.data, part)
+        codes, scales = views(self.data, part)
+        zeros = torch.full_like(scales, part.zero, dtype=torch.uint8)
+        if not part.zero:
+            zeros = zeros_of(self.data, part)
         if part.paired:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
         arrays = {"codes": codes, "scales": scales, "zeros": zeros}
@@ -138,26 +146,29 @@ def pack(gate_up: QuantizedTensor, down: QuantizedTensor, *, pin: bool = False) 
     layout = layout_of(gate_up, down)
     data = host_memory(gate_up.shape[0] * layout.nbytes, pin=pin).view(-1, layout.nbytes)
     for quantized, part in ((gate_up, layout.gate_up), (down, layout.down)):
-        codes, scales, zeros = views(data, part)
+        codes, scales = views(data, part)
         new = quantized.arrays["codes"]
         codes.copy_(new[..., 0::2] | new[..., 1::2] << 4 if part.paired else new)
         scales.copy_(quantized.arrays["scales"])
-        zeros.copy_(quantized.arrays["zeros"])
+        if not part.zero:
+            zeros_of(data, part).copy_(quantized.arrays["zeros"])
     return Records(layout, data)
 
 
-def views(data: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and zeros of one matrix of all records `data`, sharing its memory."""
+def views(data: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Codes and scales of one matrix of all records `data`, sharing its memory."""
+    codes = _view(data, part.rows, part.codes, part.width, torch.uint8)
+    return codes, _view(data, part.rows, part.scales, part.groups, torch.float16)
 
-    def view(start: int, columns: int, dtype: torch.dtype) -> Tensor:
-        flat = data[:, start : start + part.rows * columns * dtype.itemsize]
-        return flat.view(dtype).unflatten(1, (part.rows, columns))
 
-    return (
-        view(part.codes, part.width, torch.uint8),
-        view(part.scales, part.groups, torch.float16),
-        view(part.zeros, part.groups, torch.uint8),
-    )
+def zeros_of(data: Tensor, part: Part) -> Tensor:
+    """The same of its zeros, where they are stored."""
+    return _view(data, part.rows, part.zeros, part.groups, torch.uint8)
+
+
+def _view(data: Tensor, rows: int, start: int, columns: int, dtype: torch.dtype) -> Tensor:
+    flat = data[:, start : start + rows * columns * dtype.itemsize]
+    return flat.view(dtype).unflatten(1, (rows, columns))
 
 
 def host_memory(nbytes: int, *, pin: bool) -> Tensor:

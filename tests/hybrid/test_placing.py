@@ -10,7 +10,7 @@ from pipeline import hybrid
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import ResourceError, UserError
 from pipeline.hybrid.modules import HybridExperts
-from pipeline.hybrid.placing import Rates, by_policy, by_request, count, cpu_rate
+from pipeline.hybrid.placing import Rates, as_copies, by_policy, by_request, count, cpu_rate
 from pipeline.quantize.tensor import AffineScheme
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cpu_only")
@@ -80,6 +80,19 @@ def test_refusals_of_the_machine(directory):
         hybrid.load(directory, device="cuda")
     with pytest.raises(ResourceError, match="of RAM"):
         hybrid.load(directory, device="cpu", host_memory=1000)
+
+
+def test_copies_have_a_home_in_pinned_memory():
+    """What is resident is at home in RAM when it may change; the most used come first."""
+    calls = random.sample(range(1, 100), 8)
+    layers = {0: LayerExperts(8, 100, calls), 3: LayerExperts(8, 100)}
+    table = by_request(layers, "resident:0.25,zero-copy:0.5,cpu:0.25")
+    copies, homes = as_copies(table, layers)
+    ranked = sorted(range(8), key=lambda expert: -calls[expert])
+    assert copies == {0: ranked[:2], 3: [0, 1]}
+    for layer, roads in table.items():
+        assert homes[layer] == [r.replace("resident", "zero-copy") for r in roads]
+    assert as_copies(homes, layers) == ({}, homes)
 
 
 def test_the_cpus_rate_is_a_rate():
