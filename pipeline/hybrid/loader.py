@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,8 +28,8 @@ from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.backends import Matrices
 from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
-from pipeline.hybrid.placing import ROADS, Road, Table, as_copies, count
-from pipeline.hybrid.records import Records, pack
+from pipeline.hybrid.placing import ROADS, Table, as_copies, count
+from pipeline.hybrid.records import Records, empty, pack
 from pipeline.hybrid.roads import check_memory, choose, kernels_fail, known_use
 from pipeline.hybrid.stored import stack_rows, to_matrices
 from pipeline.models import Architecture
@@ -41,13 +42,16 @@ from pipeline.models.skeleton import (
     model_config,
     rotary_embedding,
 )
-from pipeline.quantize.tensor import QuantizedTensor
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.sizes import parse_size
 
 if TYPE_CHECKING:
     from pipeline.hybrid.split import SplitExperts
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 64
+"""Experts that are laid out anew at a time."""
 
 
 def load(
@@ -259,67 +263,89 @@ class _Loader:
         self.model.model.rotary_emb = rotary
 
     def _fill_experts(self, layer: int) -> None:
-        """Read a layer's experts, each kind of matrix as one batch, and pack them."""
-        architecture, geometry = self.architecture, self.geometry
-
-        def read(projection: str, shape: tuple[int, int]) -> QuantizedTensor:
-            names = [
-                architecture.expert_module(layer, expert, projection) + ".weight"
-                for expert in range(geometry.experts)
-            ]
-            self._check_expert(names[0])
-            self._check_shape(names[0], shape)
-            return self.checkpoint.load_quantized(names)
-
-        wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
-        name = self._experts_name(layer)
-        gate_up = stack_rows(read(architecture.gate, wide), read(architecture.up, wide), name)
-        module = self._on_roads(name, self._homes[layer], gate_up, read(architecture.down, narrow))
+        """Read a layer's experts and give each into one road's keeping."""
+        name, roads = self._experts_name(layer), self._homes[layer]
+        members = {road: [i for i, its in enumerate(roads) if its == road] for road in ROADS}
+        cpu = None
+        if mine := members["cpu"]:
+            wide, narrow = (self._pack("experts", name, q) for q in self._read(layer, mine, "cpu"))
+            cpu = mine, HybridExperts(wide, narrow, len(mine), self.architecture.activation)
+        if cpu is not None and len(mine) == len(roads):
+            module: HybridExperts | SplitExperts = cpu[1]
+            self._by_road["cpu"] += module.nbytes
+        else:
+            split = importlib.import_module("pipeline.hybrid.split")  # imports Triton
+            on_device = {}
+            for road in ("resident", "zero-copy"):
+                if members[road]:
+                    records = self._records(layer, members[road], road)
+                    on_device[road] = split.DeviceRoad(members[road], records)
+                    self._backends["experts"]["triton"] += 2
+            mixed: SplitExperts = split.SplitExperts(
+                on_device, cpu, len(roads), self.architecture.activation, self.device
+            )
+            self._by_road.update(mixed.bytes_by_road())
+            module = mixed
         self._bytes["experts"] += module.nbytes
         self._place(name, module)
 
-    def _on_roads(
-        self, name: str, roads: list[Road], gate_up: QuantizedTensor, down: QuantizedTensor
-    ) -> HybridExperts | SplitExperts:
-        """The layer's module; each expert ends up in one road's keeping."""
-        activation = self.architecture.activation
+    def _read(
+        self, layer: int, experts: Sequence[int], device: torch.device | str
+    ) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """Gate and up as one, and down, of some of a layer's experts, each as one batch."""
+        architecture, geometry = self.architecture, self.geometry
 
-        def computed(some: tuple[QuantizedTensor, QuantizedTensor], number: int) -> HybridExperts:
-            wide, narrow = (self._pack("experts", name, quantized) for quantized in some)
-            return HybridExperts(wide, narrow, number, activation)
+        def read(projection: str, shape: tuple[int, int]) -> QuantizedTensor:
+            modules = (architecture.expert_module(layer, e, projection) for e in experts)
+            names = [f"{module}.weight" for module in modules]
+            self._check_expert(names[0])
+            self._check_shape(names[0], shape)
+            return self.checkpoint.load_quantized(names, device)
 
-        members = {road: [i for i, its in enumerate(roads) if its == road] for road in ROADS}
-        if len(members["cpu"]) == len(roads):
-            module = computed((gate_up, down), len(roads))
-            self._by_road["cpu"] += module.nbytes
-            return module
-        split = importlib.import_module("pipeline.hybrid.split")  # imports Triton
-        on_device = {}
-        for road in ("resident", "zero-copy"):
-            if members[road]:
-                some = [quantized.select(members[road]) for quantized in (gate_up, down)]
-                on_device[road] = split.DeviceRoad(members[road], self._records(some, road))
-                self._backends["experts"]["triton"] += 2
-        rest = None
-        if mine := members["cpu"]:
-            rest = mine, computed((gate_up.select(mine), down.select(mine)), len(mine))
-        mixed: SplitExperts = split.SplitExperts(
-            on_device, rest, len(roads), activation, self.device
+        wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
+        first, second = read(architecture.gate, wide), read(architecture.up, wide)
+        gate_up = stack_rows(first, second, self._experts_name(layer))
+        return gate_up, read(architecture.down, narrow)
+
+    def _records(self, layer: int, experts: list[int], road: str) -> Records:
+        """Some of a layer's experts where `road` wants them, laid out anew on the device, which is
+        quick there, some at a time, which takes little of its memory."""
+        pin = self.device.type == "cuda" and road == "zero-copy"
+        records: Records | None = None
+        for first in range(0, len(experts), _AT_ONCE):
+            read = self._read(layer, experts[first : first + _AT_ONCE], self.device)
+            some = pack(*(self._as_configured(quantized, layer) for quantized in read))
+            if records is None:
+                try:
+                    where = self.device if road == "resident" else torch.device("cpu")
+                    records = empty(some.layout, len(experts), where, pin=pin)
+                except RuntimeError as error:
+                    raise ResourceError(self._no_memory(road)) from error
+            records.data[first : first + some.count].copy_(some.data)
+        assert records is not None, "a road without experts has no records"
+        return records
+
+    def _as_configured(self, quantized: QuantizedTensor, layer: int) -> QuantizedTensor:
+        """Symmetric where config.json says so, and only there, so that all records are alike."""
+        scheme = quantized.scheme
+        configured = (self.checkpoint.config.get("quantization_config") or {}).get("sym") is True
+        if configured and not scheme.symmetric:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: zeros of experts of layer {layer} are not all in the "
+                "middle, config.json says sym: true"
+            )
+        same = AffineScheme(scheme.bits, scheme.group_size, configured)
+        return QuantizedTensor(same, quantized.arrays)
+
+    def _no_memory(self, road: str) -> str:
+        held = f"{self._bytes['experts'] / 2**30:.2f} GiB of experts"
+        if road == "resident":
+            where = f"{self.checkpoint.path}: no room on {self.device}"
+            return f"{where} behind {held}: make fewer resident"
+        return (
+            f"{self.checkpoint.path}: no more RAM can be pinned behind {held}: "
+            "raise the limit of locked memory (ulimit -l), or use placement cpu"
         )
-        self._by_road.update(mixed.bytes_by_road())
-        return mixed
-
-    def _records(self, experts: list[QuantizedTensor], road: str) -> Records:
-        cuda = self.device.type == "cuda"
-        try:
-            records = pack(*experts, pin=cuda and road == "zero-copy")
-        except RuntimeError as error:
-            raise ResourceError(
-                f"{self.checkpoint.path}: an expert layer could not be pinned in RAM after "
-                f"{self._bytes['experts'] / 2**30:.2f} GiB: raise the limit of locked memory "
-                "(ulimit -l), or use placement cpu"
-            ) from error
-        return records.to(self.device) if cuda and road == "resident" else records
 
     def _pack(self, kind: str, name: str, quantized: QuantizedTensor) -> Matrices:
         backend, matrices = to_matrices(quantized, self.dtype)

@@ -137,22 +137,31 @@ def layout_of(gate_up: QuantizedTensor, down: QuantizedTensor) -> Layout:
     return Layout(first, _part(down, _up(first.end)))
 
 
-def pack(gate_up: QuantizedTensor, down: QuantizedTensor, *, pin: bool = False) -> Records:
-    """Batches `[N, 2 * inner, hidden]` and `[N, hidden, inner]` as records in host memory.
+def empty(layout: Layout, count: int, device: torch.device, *, pin: bool = False) -> Records:
+    """Room for so many records; RuntimeError where there is none, or none can be pinned."""
+    if device.type == "cpu":
+        data = host_memory(count * layout.nbytes, pin=pin)
+    else:
+        data = torch.empty(count * layout.nbytes, dtype=torch.uint8, device=device)
+    return Records(layout, data.view(count, layout.nbytes))
 
-    pin: page-locked, so that a GPU's kernels can read them; released with the last reference.
-    Raises ValueError where `packable` says no, RuntimeError when memory cannot be pinned.
+
+def pack(gate_up: QuantizedTensor, down: QuantizedTensor) -> Records:
+    """Batches `[N, 2 * inner, hidden]` and `[N, hidden, inner]` as records, where they are.
+
+    ValueError where `packable` says no.
     """
-    layout = layout_of(gate_up, down)
-    data = host_memory(gate_up.shape[0] * layout.nbytes, pin=pin).view(-1, layout.nbytes)
+    codes = gate_up.arrays["codes"]
+    records = empty(layout_of(gate_up, down), len(codes), codes.device)
+    layout = records.layout
     for quantized, part in ((gate_up, layout.gate_up), (down, layout.down)):
-        codes, scales = views(data, part)
+        codes, scales = views(records.data, part)
         new = quantized.arrays["codes"]
         codes.copy_(new[..., 0::2] | new[..., 1::2] << 4 if part.paired else new)
         scales.copy_(quantized.arrays["scales"])
         if not part.zero:
-            zeros_of(data, part).copy_(quantized.arrays["zeros"])
-    return Records(layout, data)
+            zeros_of(records.data, part).copy_(quantized.arrays["zeros"])
+    return records
 
 
 def views(data: Tensor, part: Part) -> tuple[Tensor, Tensor]:
@@ -174,6 +183,7 @@ def _view(data: Tensor, rows: int, start: int, columns: int, dtype: torch.dtype)
 def host_memory(nbytes: int, *, pin: bool) -> Tensor:
     """uint8 [nbytes] at a page's beginning; RuntimeError when it cannot be pinned.
 
+    pin: page-locked, so that a GPU's kernels can read it; released with the last reference.
     torch's own pinned allocator rounds up to powers of two and keeps what was freed.
     """
     room = torch.empty(nbytes + _PAGE, dtype=torch.uint8)

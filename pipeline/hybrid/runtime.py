@@ -32,7 +32,8 @@ def connect(
         if isinstance(module, SplitExperts) and "zero-copy" in module.device_roads
     }
     residency = None
-    if layers:
+    alike = len({split.layout for split in layers.values()}) == 1
+    if alike:  # buffers and copies are of one size
         device: torch.device = model.device
         records = [split.device_roads["zero-copy"].records for split in layers.values()]
         stream = Stream(records, device)
