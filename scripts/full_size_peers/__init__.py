@@ -1,0 +1,1 @@
+"""A layer at full size beside a peer, on one machine in one run."""
