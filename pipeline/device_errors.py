@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.errors import ResourceError
+from pipeline.errors import DeviceFull, ResourceError
 from pipeline.stages.context import Context, Job
-from pipeline.stages.placement import smallest
 from pipeline.system_errors import system_errors
 
 
@@ -34,7 +33,7 @@ def limited(context: Context) -> Iterator[None]:
 
 @contextlib.contextmanager
 def device_errors(context: Context, job: Job) -> Iterator[None]:
-    """Turn a device's failure within a job into ResourceError.
+    """Turn a device's failure within a job into ResourceError, too little memory into DeviceFull.
 
     Finished units are on disk and nothing else is: the same command goes on after them.  So it is
     with what the machine itself refuses (`pipeline.system_errors`).
@@ -43,7 +42,10 @@ def device_errors(context: Context, job: Job) -> Iterator[None]:
         with system_errors(_where(job), "finished layers are kept"):
             yield
     except torch.OutOfMemoryError as error:
-        raise ResourceError(f"{_where(job)}: {_advice(context)}") from error
+        raise DeviceFull(
+            f"{_where(job)}: the GPU's memory ran out with one tile in flight; finished layers are"
+            " kept, raise limits.device_memory or use a GPU with more memory"
+        ) from error
     except torch.AcceleratorError as error:
         reason = str(error).strip().splitlines()[0]
         raise ResourceError(
@@ -54,23 +56,6 @@ def device_errors(context: Context, job: Job) -> Iterator[None]:
 
 def _where(job: Job) -> str:
     return job.stage if job.layer is None else f"{job.stage}, layer {job.layer}"
-
-
-def _advice(context: Context) -> str:
-    limit = int(context.recipe.limits.device_memory)
-    least = smallest(context).device_bytes
-    kept = "finished layers are kept"
-    if limit > least:
-        # The limit is no part of the fingerprint: with another the run still goes on.
-        return (
-            f"the GPU's memory ran out; {kept}, go on with --set"
-            f" limits.device_memory={-(-least // 2**20)}MiB, which keeps the streams in host memory"
-            " and one tile in flight"
-        )
-    return (
-        f"the GPU's memory ran out with one tile in flight; {kept}, raise limits.device_memory or"
-        " use a GPU with more memory"
-    )
 
 
 def _number(device: torch.device) -> int:

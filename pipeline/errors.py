@@ -26,6 +26,10 @@ class ResourceError(UserError):
     """Not enough disk, host memory or device memory for what was asked."""
 
 
+class DeviceFull(ResourceError):
+    """The device's memory ran out in the middle of a job."""
+
+
 class OutputError(UserError):
     """The output or work directory is not ours to write, or does not match the recipe."""
 

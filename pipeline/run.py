@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import time
@@ -16,7 +17,7 @@ from pipeline import __version__
 from pipeline.checkpoint.untrusted import expanded
 from pipeline.code import code_digest
 from pipeline.device_errors import device_errors, limited
-from pipeline.errors import CheckpointError, OutputError, RecipeError
+from pipeline.errors import CheckpointError, DeviceFull, OutputError, RecipeError
 from pipeline.evaluate.speed import reset_peaks
 from pipeline.hub.fetch import download
 from pipeline.plan import NOTHING, Plan, Standing, plan, prepare
@@ -31,6 +32,7 @@ from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
 from pipeline.stages.experts import CHUNK_PAIRS, TILE_EXPERTS
 from pipeline.stages.order import BUILDING, STAGES
+from pipeline.stages.placement import retreat
 from pipeline.stages.publish import check_wanted
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.streams import resumable_layers
@@ -274,18 +276,43 @@ def _execute_building(
         context.progress = reporter.detail
         for name in todo:
             if name in BUILDING:
-                _run_stage(context, whole, name, done, reporter)
+                while not _fits(context, whole, name, done, reporter):
+                    kept = _done(context, whole)
+                    layers = sum(j.stage == name and j.unit in kept for j in whole.jobs)
+                    announce(
+                        "the GPU's memory ran out; going on with less in flight,"
+                        f" {layers} layers are done"
+                    )
+                    done = kept
+
+
+def _fits(context: Context, whole: Plan, name: str, done: set[str], reporter: Reporter) -> bool:
+    """Run a stage; False where the device had no room for it and less can be put there."""
+    try:
+        _run_stage(context, whole, name, done, reporter)
+    except DeviceFull:
+        if not retreat(context):
+            raise
+    else:
+        return True
+    # Outside the handler: the error's traceback holds what was on the device.
+    gc.collect()
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
 
 
 def _run_stage(
     context: Context, whole: Plan, name: str, done: set[str], reporter: Reporter
 ) -> None:
     stage = None
+    counted = 0.0
     reset_peaks()
     try:
         for job in (j for j in whole.jobs if j.stage == name):
             if job.unit in done:
                 reporter.skip(whole.job_seconds(job))
+                counted += whole.job_seconds(job)
                 continue
             reporter.start(_title(job, context))
             started = time.monotonic()
@@ -294,6 +321,10 @@ def _run_stage(
                     stage = STAGES[name].make(context)
                 stage.run(job)
             reporter.finish(whole.job_seconds(job), time.monotonic() - started)
+            counted += whole.job_seconds(job)
+    except DeviceFull:
+        reporter.skip(-counted)  # it may be gone through again
+        raise
     finally:
         if stage is not None:
             stage.close()

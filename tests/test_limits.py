@@ -12,7 +12,7 @@ from pipeline.plan import _check_limits, prepare
 from pipeline.recipe import parse_recipe
 from pipeline.stages import tiles
 from pipeline.stages.order import STAGES
-from pipeline.stages.placement import place, smallest, stream_bytes
+from pipeline.stages.placement import place, retreat, smallest, stream_bytes
 
 MIB = 1 << 20
 
@@ -64,7 +64,10 @@ def _failing(error, layer):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), r"memory ran out; finished .*--set"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            r"memory ran out .*; finished .*raise",
+        ),
         (torch.AcceleratorError("CUDA error: gone\nmore"), r"the GPU failed \(CUDA error: gone\)"),
         (MemoryError(), "the machine's memory ran out; finished layers are kept, free some"),
         (_no_memory(), "the machine's memory ran out; finished layers are kept, free some"),
@@ -81,6 +84,38 @@ def test_a_device_that_fails_keeps_what_is_finished(
     project.run(until="shard")
     assert project.said == ["resuming: 2 of 5 units are done"]
     assert digests(project.output) == digests(finished.output)
+
+
+def test_less_is_put_on_a_device_that_was_full(
+    project, finished, one_thread, cpu_only, monkeypatch
+):
+    """As on a GPU, where there is less to put there; the bytes are those of a run with room."""
+    full = [torch.OutOfMemoryError("CUDA out of memory")]
+    solve = tiles.solve_tile
+
+    def solving(job, *rest):
+        if job.layer == 1 and full:
+            raise full.pop()
+        return solve(job, *rest)
+
+    monkeypatch.setattr(tiles, "solve_tile", solving)
+    monkeypatch.setattr("pipeline.run.retreat", lambda _context: True)
+    project.run(until="shard")
+    assert not full
+    assert project.said == [
+        "the GPU's memory ran out; going on with less in flight, 1 layers are done"
+    ]
+    assert digests(project.output) == digests(finished.output)
+
+
+def test_steps_back_end_with_the_smallest(project):
+    context = _on_gpu(project, "24GiB")
+    placements = [place(context)]
+    while retreat(context):
+        placements.append(place(context))
+    assert [p.ahead for p in placements] == [placements[0].ahead, 1, 1]
+    assert [p.home.type for p in placements] == ["cuda", "cuda", "cpu"]
+    assert placements[-1] == smallest(context)
 
 
 def test_a_full_disk_keeps_what_is_finished(project, finished, one_thread, cpu_only):

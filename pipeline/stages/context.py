@@ -71,6 +71,8 @@ class Context:
     """`source.reference`, opened."""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     """By stage; given by whoever has made a plan."""
+    retreats: int = 0
+    """How often the device's memory ran out, so that less was put on it (`placement.retreat`)."""
     progress: Callable[[str], None] = field(default=lambda _message: None)
     """Told, in a few words, what is going on inside a long job."""
 

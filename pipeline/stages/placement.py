@@ -20,6 +20,10 @@ from pipeline.stages.texts import planned_windows
 AHEAD, BEHIND = 3, 8
 """Tiles that may be decoded before their turn, and packed ones that may wait for the disk."""
 
+RETREATS = 2
+"""Steps back when the device has less room than was reckoned with: one tile decoded ahead, then the
+smallest placement."""
+
 FORWARD_WIDTHS = 40
 """Activations of a batch within a layer, in units of hidden (DeltaNet's float32 copies mostly)."""
 
@@ -48,13 +52,23 @@ def place(context: Context) -> Placement:
     # A graph of the forward pass keeps its memory through the layer's tiles.
     # Outputs of the source's streams wait on the device until the tile is solved.
     inside = streams + tile + 2 * _output_bytes(context) + _forward_bytes(context) + decoded
-    ahead = _fitting(limit - inside, decoded, AHEAD)
+    ahead = 1 if context.retreats else _fitting(limit - inside, decoded, AHEAD)
     inside += ahead * decoded
-    if inside > limit:
+    if inside > limit or context.retreats == RETREATS:
         return smallest(context)
     saved = 2 * stream_tokens(context) * context.geometry.hidden
     packed = (BEHIND + ahead) * decoded // 3
     return Placement(context.device, ahead, BEHIND, inside, saved + packed)
+
+
+def retreat(context: Context) -> bool:
+    """Put less on the device from now on, its memory having run out; False: there is no less."""
+    before = place(context)
+    while context.retreats < RETREATS:
+        context.retreats += 1
+        if place(context) != before:
+            return True
+    return False
 
 
 def smallest(context: Context) -> Placement:
