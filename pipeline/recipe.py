@@ -103,6 +103,8 @@ class Requantize(Section):
     """Weight an expert's tokens by the square of what the router gives them."""
     scale_search: bool = True
     """Search scales for the least squared error; false: from the minimum and maximum."""
+    negative_scales: bool = True
+    """Let symmetric groups have scales below 0, which fit better; false: for some readers."""
     refinement_passes: int = Field(default=2, ge=0, le=20)
     """GPTQ: passes over the codes after the first, scales refitted in between; 0: as published."""
     output_weighting: bool = True

@@ -22,36 +22,36 @@ import yaml
 from ideas.conversion import Idea, Source, convert, source_states
 from ideas.tried import (
     Gradients,
+    Options,
     Rounding,
     Router,
     TokenWeights,
     Uncorrected,
-    correction_damping,
-    negative_scales,
+    constant,
 )
-from quality.workplace import RECIPE, STRIDE, TEXTS, WINDOW
+from quality.workplace import RECIPE, STRIDE, TEXTS, WINDOW, device
 from torch import Tensor
 
 from pipeline.calibration import calibration_sequences, load_tokenizer, read_text, tokenize
 from pipeline.evaluate.metrics import paired_bootstrap
 from pipeline.evaluate.windows import sliding_windows
+from pipeline.quantize import correction
 
 EVERY = {"in": 4, "out": 3}
 IDEAS: dict[str, Callable[[], Idea]] = {
     "uncorrected": Uncorrected,
     "correction-0.3": Idea,
-    "negative-scales": Idea,
-    "rounding-negative-scales": Rounding,
+    "positive-scales": lambda: Options(negative_scales=False),
+    "rounding-positive-scales": lambda: Options(method="rtn", negative_scales=False),
+    "folds-down": lambda: Options(folds_down=True),
     "gradients": lambda: Gradients(0.5),
     "slopes": lambda: TokenWeights(0, 0),
     "router-weights-1": lambda: TokenWeights(1, 1),
     "router-weights-2": lambda: TokenWeights(2, 1),
     "router": Router,
 }
-AROUND: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "correction-0.3": lambda: correction_damping(0.3),
-    "negative-scales": negative_scales,
-    "rounding-negative-scales": negative_scales,
+AROUND: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "correction-0.3": lambda: constant(correction, "DAMPING", 0.3),
 }
 
 
@@ -89,7 +89,7 @@ def score(source: Source, texts: list[str], ours: Tensor, theirs: Tensor) -> Sco
     for (first, dense), (_, quantized) in pairs:
         for offset in range(len(dense)):
             p, q = (x[offset, :-1].log_softmax(-1) for x in (dense, quantized))
-            label = source.windows[first + offset, 1:, None]
+            label = source.windows[first + offset, 1:, None].to(p.device)
             kl = (p.exp() * (p - q)).sum()
             rows.append([-p.gather(1, label).sum(), -q.gather(1, label).sum(), kl])
     return Scores(texts, *torch.tensor(rows).double().unbind(1))
@@ -137,7 +137,7 @@ def main() -> None:
         seed=settings["seed"],
     )
     windows, texts = windows_of(arguments.model)
-    source = Source.of(arguments.model, tokens, windows)
+    source = Source.of(arguments.model, tokens, windows, device())
     states = source_states(source)
 
     def measured(idea: Idea) -> Scores:

@@ -30,6 +30,20 @@ def require_finite(
     )
 
 
+UNSOUND_SCALES = "scales are not all finite and above 0 (below 0 in symmetric groups only)"
+
+
+def sound_scales(scales: Tensor, symmetric: Tensor) -> list[bool]:
+    """Whether all scales of each matrix make sense: finite, not 0, below 0 where a grid may turn.
+
+    `scales`: float [N, groups, out]; `symmetric`: bool, of the same shape, whether the group's zero
+    lies in the middle (`pipeline.quantize.grid` says what a scale below 0 is good for).
+    """
+    sound = torch.isfinite(scales) & ((scales > 0) | ((scales < 0) & symmetric))
+    found: list[bool] = sound.flatten(1).all(1).tolist()
+    return found
+
+
 def _fine(values: Tensor, limit: float) -> bool:
     low, high = torch.aminmax(values)
     # comparisons with NaN are false, so the order of these matters

@@ -32,9 +32,9 @@ def verify_directory(
 
     Checksums (where there is a SHA256SUMS), the seals of files outside it, headers and index both
     ways, shard_map.json (where there is one), config.json against the tensors, and every value:
-    scales finite and positive, zeros and groups in range, weights finite.  Reads all bytes for the
-    sums and again what values can be judged by (packed codes cannot).  A directory of headers only
-    is checked by its headers.
+    scales finite and of a sign that makes sense, zeros and groups in range, weights finite.  Reads
+    all bytes for the sums and again what values can be judged by (packed codes cannot).  A
+    directory of headers only is checked by its headers.
     `progress` is told of each file and each batch of weights.
     """
     problems = check_sums(path, progress=progress) if (path / SUMS_NAME).exists() else []

@@ -3,6 +3,9 @@
 The search tries shrunk ranges (GPTQ's `find_params`, arXiv 2210.17323) and, for each, the scale
 that fits the codes it gives best in the least-squares sense.
 
+A symmetric grid reaches one step further below zero than above it (-8 to 7 steps at 4 bits), so a
+group whose longer side is the positive one gets a negative scale, which turns the grid around.
+
 Scales are rounded to bfloat16 and kept in float16's normal range *before* any code is computed:
 readers hold them as float16 (GPTQ files) or bfloat16 (torch's int4 CPU kernel), and both see the
 same number.  Zero points are at least 1, since GPTQ v1 files store zero - 1 in an unsigned field.
@@ -39,7 +42,8 @@ class Grid:
     """Scale and zero point of every row and group, of [..., out, in] weights."""
 
     scales: Tensor
-    """float16 [..., out, in / group]; each value is representable in bfloat16 too."""
+    """float16 [..., out, in / group]; each value is representable in bfloat16 too, none is 0, and
+    below 0 are symmetric ones only."""
     zeros: Tensor
     """uint8 [..., out, in / group], 1 <= zero < 2**bits."""
 
@@ -49,12 +53,14 @@ def fit_grid(
     scheme: AffineScheme,
     *,
     search: bool,
+    turning: bool = True,
     importance: Tensor | None = None,
     backend: Backend = "torch",
 ) -> Grid:
     """Choose scales and zeros for `weight` float [E, out, in].
 
     `search`: least squared error over shrunk ranges, else plain minimum and maximum.
+    `turning`: symmetric groups may have a scale below 0.
     `importance`: float32 [E, in], a weight for each column's squared error in the search.
     Raises NumericalError where a weight is not finite or too large for a float16 scale.
     """
@@ -68,18 +74,21 @@ def fit_grid(
             group=group,
             top=2**scheme.bits - 1,
             symmetric_zero=2 ** (scheme.bits - 1) if scheme.symmetric else 0,
+            turning=turning,
             shrinks=SEARCH_SHRINKS,
             smallest=SMALLEST_SCALE,
         )
         scales, zeros = storable(scale), zero
     else:
-        scales, zeros = _fit_slabs(weight.view(*shape, group), scheme, search, importance)
+        scales, zeros = _fit_slabs(
+            weight.view(*shape, group), scheme, search, turning and scheme.symmetric, importance
+        )
     _refuse_unusable(scales)
     return Grid(scales, zeros)
 
 
 def _fit_slabs(
-    weight: Tensor, scheme: AffineScheme, search: bool, importance: Tensor | None
+    weight: Tensor, scheme: AffineScheme, search: bool, turning: bool, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Scales and zeros [E, out, groups] of [E, out, groups, group], a slab of rows at a time."""
     experts, rows, groups, group = weight.shape
@@ -95,8 +104,10 @@ def _fit_slabs(
         weights = None
         if importance is not None:
             weights = importance[expert_of_row[part]].view(-1, groups, group)
+        turn = _turn(values) if turning else torch.ones_like(values[..., 0])
+        values = values * turn.unsqueeze(-1)
         scale, zero = _search(values, weights, scheme) if search else _range(values, scheme, 1.0)
-        scales[part] = storable(scale)
+        scales[part] = storable(scale * turn)
         zeros[part] = zero.to(torch.uint8)
     return scales.view(experts, rows, groups), zeros.view(experts, rows, groups)
 
@@ -108,6 +119,12 @@ def encode(values: Tensor, grid: Grid, bits: int) -> Tensor:
     zeros = grid.zeros.unsqueeze(-1).float()
     codes = (split / grid.scales.unsqueeze(-1).float()).round_().add_(zeros)
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)
+
+
+def _turn(values: Tensor) -> Tensor:
+    """-1 for groups whose largest weight lies above zero, else 1: float32 [n, groups]."""
+    longer = values.amax(-1) > -values.amin(-1)
+    return 1.0 - 2.0 * longer.float()
 
 
 def _range(values: Tensor, scheme: AffineScheme, shrink: float) -> tuple[Tensor, Tensor]:
@@ -147,10 +164,14 @@ def _search(values: Tensor, weights: Tensor | None, scheme: AffineScheme) -> tup
 
 
 def storable(scale: Tensor) -> Tensor:
-    """float16 scales that bfloat16 holds too; NaN and what is too large become Inf."""
-    rounded = scale.clamp(min=SMALLEST_SCALE).to(torch.bfloat16)
+    """float16 scales that bfloat16 holds too; NaN and what is too large become Inf.
+
+    The sign stays; what is 0 or nearly so becomes the smallest scale.
+    """
+    rounded = scale.abs().clamp(min=SMALLEST_SCALE).to(torch.bfloat16)
     too_large = ~(rounded.float() <= LARGEST_SCALE)
-    return rounded.to(torch.float16).masked_fill_(too_large, float("inf"))
+    sized = rounded.to(torch.float16).masked_fill_(too_large, float("inf"))
+    return torch.where(scale < 0, -sized, sized)
 
 
 def _refuse_unusable(scales: Tensor) -> None:

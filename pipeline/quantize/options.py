@@ -19,6 +19,9 @@ class SolverOptions:
     is trivial."""
     scale_search: bool = True
     """Search shrunk ranges for the least squared error; False: plain minimum and maximum."""
+    negative_scales: bool = True
+    """Let a symmetric group whose largest weight lies above zero have a scale below 0, so that it
+    has the longer side of the grid (-8 to 7 steps at 4 bits); False: for readers that cannot."""
     refinement_passes: int = 2
     """Passes of coordinate descent over the codes after the column loop, scales being refitted
     between two of them (where `scale_search` allows); 0: GPTQ as published."""

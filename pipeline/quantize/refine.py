@@ -93,7 +93,8 @@ def refit_scales(weight: Tensor, codes: Tensor, hessian: Tensor, added: Tensor, 
     old = grid.scales.float()
     found = torch.linalg.solve_ex(solvable, wanted)[0]
     low, high = SCALE_RANGE
-    usable = (found > low * old) & (found < high * old)
+    kept = found / old  # no scale is 0, and none may change its sign
+    usable = (kept > low) & (kept < high)
     new = storable(torch.where(usable, found, old))
     better = _cost(normal, wanted, new.float()) < _cost(normal, wanted, old)
     return Grid(torch.where(better.unsqueeze(-1), new, grid.scales), grid.zeros)

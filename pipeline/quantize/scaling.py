@@ -85,6 +85,7 @@ def round_clipped(
         weight,
         scheme,
         search=options.scale_search,
+        turning=options.negative_scales,
         importance=moment.contiguous(),
         backend=solver_backend(weight.device),
     )

@@ -28,7 +28,7 @@ class Solved:
     @property
     def smallest_scales(self) -> int:
         """Groups on the smallest scale there is: all zeros, or too small for a finer grid."""
-        return int((self.quantized.arrays["scales"] <= SMALLEST_SCALE).sum())
+        return int((self.quantized.arrays["scales"].abs() <= SMALLEST_SCALE).sum())
 
 
 class Quantizer(Protocol):

@@ -24,7 +24,7 @@ class AffineScheme:
 
     Arrays, each with optional leading batch dimensions (an expert dimension, usually):
       codes  uint8   [..., out, in]            0 <= code < 2**bits
-      scales float16 [..., out, in / group]    finite and positive
+      scales float16 [..., out, in / group]    finite, not 0; below 0 only if symmetric
       zeros  uint8   [..., out, in / group]    symmetric: 2**(bits-1) everywhere
     """
 

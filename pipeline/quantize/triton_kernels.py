@@ -45,6 +45,7 @@ def _fit_kernel(
     group,
     shrink_steps,
     SYMMETRIC_ZERO: tl.constexpr,
+    TURNING: tl.constexpr,
     TOP: tl.constexpr,
     SMALLEST: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -59,6 +60,9 @@ def _fit_kernel(
     inside = (row < rows)[:, None] & (lane < group)[None, :]
     place = (expert * rows + row)[:, None] * columns + (group_index * group + lane)[None, :]
     value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
+    # As in `grid._turn`; lanes beyond the group hold zeros, which turn nothing.
+    turn = tl.where(TURNING & (tl.max(value, 1) > -tl.min(value, 1)), -1.0, 1.0)
+    value *= turn[:, None]
     weighted = value
     if WEIGHTED:
         weight = tl.load(
@@ -89,8 +93,8 @@ def _fit_kernel(
         else:
             scale = tl.maximum(scale, SMALLEST)
             code = tl.div_rn(value, tl.broadcast_to(scale[:, None], (ROWS, GROUP)))
-            code = tl.minimum(tl.maximum(code, -zero[:, None]), TOP - zero[:, None])
-            code = _round_half_even(code)
+            low_code, high_code = -zero[:, None], TOP - zero[:, None]
+            code = _round_half_even(tl.minimum(tl.maximum(code, low_code), high_code))
             along = tl.sum(weighted * code, 1)
             energy = tl.sum(code * code * weight, 1) if WEIGHTED else tl.sum(code * code, 1)
             some = energy > 0
@@ -100,9 +104,8 @@ def _fit_kernel(
             best = tl.where(better, gain, best)
             best_scale = tl.where(better & some, tl.div_rn(along, divisor), best_scale)
             best_zero = tl.where(better, zero, best_zero)
-    groups = columns // group
-    target = (expert * rows + row) * groups + group_index
-    tl.store(scales + target, best_scale, mask=row < rows)
+    target = (expert * rows + row) * (columns // group) + group_index
+    tl.store(scales + target, best_scale * turn, mask=row < rows)
     tl.store(zeros + target, best_zero.to(tl.uint8), mask=row < rows)
 
 
@@ -243,13 +246,15 @@ def fit_groups(
     group: int,
     top: int,
     symmetric_zero: int,
+    turning: bool,
     shrinks: tuple[float, ...],
     smallest: float,
 ) -> tuple[Tensor, Tensor]:
     """Scales float32 and zeros uint8, both [E, out, in / group], of `values` float [E, out, in].
 
     `importance`: float32 [E, in] or None; `symmetric_zero`: the fixed zero, or 0 for a free one;
-    `shrinks`: ranges to try as fractions of the whole; `smallest`: least scale used in the search.
+    `turning`: with a fixed zero, scales may be below 0; `shrinks`: ranges to try as fractions of
+    the whole; `smallest`: least scale used in the search.
     """
     experts, rows, columns = values.shape
     groups = columns // group
@@ -270,6 +275,7 @@ def fit_groups(
         group,
         len(shrinks),
         SYMMETRIC_ZERO=symmetric_zero,
+        TURNING=turning and symmetric_zero > 0,
         TOP=top,
         SMALLEST=smallest,
         WEIGHTED=importance is not None,
@@ -367,7 +373,14 @@ def self_test(device: torch.device) -> None:
     add_gram(x.bfloat16(), torch.tensor([0, 2], device=device), out)
     moved = drift((x + 1).bfloat16(), x.bfloat16(), torch.tensor([0, 2], device=device))
     scales, _ = fit_groups(
-        x.unsqueeze(0), None, group=4, top=15, symmetric_zero=8, shrinks=(1.0,), smallest=1e-6
+        x.unsqueeze(0),
+        None,
+        group=4,
+        top=15,
+        symmetric_zero=8,
+        turning=True,
+        shrinks=(1.0,),
+        smallest=1e-6,
     )
     weight = x.t().contiguous().unsqueeze(1)
     one = torch.ones_like(weight)
@@ -382,5 +395,7 @@ def self_test(device: torch.device) -> None:
     expected = x.t().unsqueeze(1) + 8
     right = torch.equal(out[0], x.t() @ x) and torch.equal(codes.float(), expected)
     right &= torch.equal(moved[0], torch.ones_like(x).t() @ x)
-    if not right or not bool((scales > 0).all()):
+    # The second row lies above zero, so its grid is turned around.
+    right &= torch.equal(scales.flatten().sign().cpu(), torch.tensor([1.0, -1.0]))
+    if not right:
         raise ValueError("a kernel returned wrong numbers")

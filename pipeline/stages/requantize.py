@@ -78,6 +78,7 @@ class Requantize:
             damping=recipe.damping,
             activation_order=recipe.activation_order,
             scale_search=recipe.scale_search,
+            negative_scales=recipe.negative_scales,
             refinement_passes=recipe.refinement_passes,
         )
         self._corrects = recipe.error_correction and self._quantizer.needs_hessian

@@ -37,8 +37,6 @@ from pipeline.stages.experts import (
 from pipeline.stages.sensitivity import Sensitivity
 from pipeline.stages.stream import LayerStream, Recorded
 
-CPU = torch.device("cpu")
-Solve = Callable[[TileJob, DenseTile, Routed, LayerStatistics, Recorded], SolvedTile]
 Tensors = dict[str, Tensor]
 
 
@@ -49,16 +47,17 @@ class Source:
     checkpoint: Checkpoint
     calibration: Tensor
     windows: Tensor
+    device: torch.device
 
     @classmethod
-    def of(cls, model: Path, calibration: Tensor, windows: Tensor) -> Source:
+    def of(cls, model: Path, calibration: Tensor, windows: Tensor, device: torch.device) -> Source:
         """Open a directory in bf16."""
-        return cls(Checkpoint.open(model), calibration, windows)
+        return cls(Checkpoint.open(model), calibration, windows, device)
 
     def stream(self, dtype: torch.dtype = torch.bfloat16) -> LayerStream:
-        """Layers of the source on the CPU."""
+        """Layers of the source on the device."""
         c = self.checkpoint
-        return LayerStream(c, architecture_of(c.config, str(c.path)), CPU, dtype)
+        return LayerStream(c, architecture_of(c.config, str(c.path)), self.device, dtype)
 
 
 class Idea:
@@ -66,11 +65,13 @@ class Idea:
 
     method = "gptq"
     corrects = True
+    folds_down = False
+    options = SolverOptions()
 
     def sensitivity(self, source: Source) -> Callable[[int], Tensor]:
         """M of each layer's output (see `pipeline.stages.sensitivity`)."""
         stream = source.stream()
-        return Sensitivity(source.checkpoint, stream.architecture, CPU).after
+        return Sensitivity(source.checkpoint, stream.architecture, source.device).after
 
     def before(
         self, stream: LayerStream, layer: int, dense: Tensors, calibration: Tensor, target: Tensor
@@ -111,6 +112,7 @@ def convert(source: Source, idea: Idea, group: int) -> Tensor:
                 statistics = replace(statistics, target=wanted.inputs)
             if behind is not None:
                 statistics = replace(statistics, sensitivity=behind(layer))
+            statistics = replace(statistics, folds_down=idea.folds_down)
             solved: list[tuple[TileSource, DenseTile]] = []
             faithful: list[tuple[TileSource, DenseTile]] = []
             for experts in tiles(low.geometry.experts):
@@ -119,10 +121,10 @@ def convert(source: Source, idea: Idea, group: int) -> Tensor:
                     architecture=low.architecture,
                     layer=layer,
                     experts=experts,
-                    device=CPU,
+                    device=source.device,
                     quantizer=quantizer,
                     scheme=AffineScheme(4, group, True),
-                    options=SolverOptions(),
+                    options=idea.options,
                     inner=low.geometry.inner,
                 )
                 tile = decode_tile(job)
@@ -141,7 +143,7 @@ def source_states(source: Source) -> Tensor:
     with torch.inference_mode():
         for layer in range(full.geometry.layers):
             whole = [
-                TileSource(source.checkpoint, full.architecture, layer, experts, CPU)
+                TileSource(source.checkpoint, full.architecture, layer, experts, source.device)
                 for experts in tiles(full.geometry.experts)
             ]
             decoded = [(tile, decode_tile(tile, torch.float32)) for tile in whole]
@@ -152,10 +154,11 @@ def source_states(source: Source) -> Tensor:
 
 def _statistics(layer: int, routed: Routed) -> LayerStatistics:
     """As the stage has them, seed 0."""
-    tokens, hidden = routed.inputs.shape
-    common = add_moment(torch.zeros(hidden, hidden), routed.inputs)
+    tokens = len(routed.inputs)
+    common = add_moment(None, routed.inputs)
     generator = torch.Generator().manual_seed(layer)
     chosen = torch.randperm(tokens, generator=generator)[:DOWN_SAMPLE_TOKENS]
+    chosen = chosen.to(routed.inputs.device)
     mean = rounded_out(common / tokens, tokens)
     return LayerStatistics(common=mean, sample=routed.inputs[chosen], target=None)
 

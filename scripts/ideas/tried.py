@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ideas.conversion import CPU, Idea, Source, Tensors
-from pipeline.quantize import correction
-from pipeline.quantize.backend import Backend
+from ideas.conversion import Idea, Source, Tensors
 from pipeline.quantize.correction import corrected, routed_drift
-from pipeline.quantize.grid import Grid, encode, fit_grid
 from pipeline.quantize.hessian import PRIOR, routed_hessians, shrink
-from pipeline.quantize.methods import gptq, rtn
-from pipeline.quantize.refine import refit_scales
+from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.routed import grouped_product
-from pipeline.quantize.rows import dequantized
-from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.experts import (
     STRENGTH,
     DenseTile,
@@ -48,66 +44,17 @@ class Uncorrected(Idea):
     corrects = False
 
 
-@contextmanager
-def correction_damping(value: float) -> Iterator[None]:
-    """Another `pipeline.quantize.correction.DAMPING` for a while."""
-    before = correction.DAMPING
-    correction.DAMPING = value
-    try:
-        yield
-    finally:
-        correction.DAMPING = before
+def constant(module: ModuleType, name: str, value: object) -> AbstractContextManager[object]:
+    """Another value of a module's constant for a while."""
+    return patch.object(module, name, value)
 
 
-@contextmanager
-def negative_scales() -> Iterator[None]:
-    """A symmetric group may have a scale below 0 for a while.
+class Options(Idea):
+    """Other solver options; `folds_down`: up and down scaled against each other besides."""
 
-    Codes reach from -8 to 7: with a negative scale the longer side is the positive one.  Each group
-    takes the sign that costs less, in rounding and in GPTQ.
-    """
-    with ExitStack() as stack:
-        for module in (gptq, rtn):
-            stack.enter_context(patch.object(module, "fit_grid", _signed_grid))
-        stack.enter_context(patch.object(gptq, "refit_scales", _signed_refit))
-        yield
-
-
-def _signed_refit(
-    weight: Tensor, codes: Tensor, hessian: Tensor, added: Tensor, signed: Grid
-) -> Grid:
-    """`refit_scales` of the mirrored codes, which mean the same on a grid of positive scales."""
-    negative = signed.scales < 0
-    width = codes.shape[-1] // negative.shape[-1]
-    wide = negative.repeat_interleave(width, -1)
-    zeros = signed.zeros.repeat_interleave(width, -1)
-    mirrored = torch.where(wide, 2 * zeros - codes, codes)  # up to 16: no longer a 4-bit code
-    found = refit_scales(weight, mirrored, hessian, added, Grid(signed.scales.abs(), signed.zeros))
-    return Grid(torch.where(negative, -found.scales, found.scales), found.zeros)
-
-
-def _signed_grid(
-    weight: Tensor,
-    scheme: AffineScheme,
-    *,
-    search: bool,
-    importance: Tensor | None = None,
-    backend: Backend = "torch",
-) -> Grid:
-    def fit(values: Tensor) -> Grid:
-        return fit_grid(values, scheme, search=search, importance=importance, backend=backend)
-
-    def cost(candidate: Grid) -> Tensor:
-        kept = dequantized(encode(weight, candidate, scheme.bits), candidate)
-        lost = (weight.float() - kept).square()
-        if importance is not None:
-            lost = lost * importance.unsqueeze(1)
-        return lost.unflatten(-1, (candidate.scales.shape[-1], -1)).sum(-1)
-
-    plain, mirrored = fit(weight), fit(-weight)
-    mirrored = Grid(-mirrored.scales, mirrored.zeros)
-    better = cost(mirrored) < cost(plain)
-    return Grid(torch.where(better, mirrored.scales, plain.scales), plain.zeros)
+    def __init__(self, *, folds_down: bool = False, method: str = "gptq", **options: Any) -> None:  # noqa: ANN401
+        self.folds_down, self.method = folds_down, method
+        self.options = SolverOptions(**options)
 
 
 class Gradients(Idea):
@@ -213,7 +160,9 @@ class TokenWeights(Idea):
         )
         weight = tile.gate_up.float()
         if target is not None:
-            drift = routed_drift(target, inputs, offsets, outer) / _share(counts, strength, CPU)
+            drift = routed_drift(target, inputs, offsets, outer) / _share(
+                counts, strength, inputs.device
+            )
             weight = corrected(weight, hessian, drift)
         solved = _quantize(job, "gate and up", weight, hessian)
         gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)

@@ -56,9 +56,12 @@ def random_cases(name: str) -> dict[str, Tensor]:
             shape = (rows, columns // scheme.group(columns))
             lowest = 0 if name == "awq" else 1  # GPTQ's version 1 cannot hold the zero 0
             zeros = torch.randint(lowest, 2**bits, shape, dtype=torch.uint8)
+            scales = (torch.rand(shape) * 0.1 + 0.001).bfloat16().to(torch.float16)
+            if symmetric:  # such a group may be turned around
+                scales = torch.where(torch.rand(shape) < 0.5, -scales, scales)
             arrays = {
                 "codes": torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8),
-                "scales": (torch.rand(shape) * 0.1 + 0.001).bfloat16().to(torch.float16),
+                "scales": scales,
                 "zeros": torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
             }
             quantized = QuantizedTensor(scheme, arrays)

@@ -127,8 +127,19 @@ def test_bad_values(tmp_path):
         "is packed with 4 bits, config.json says 8",
         "has 2 groups of its 64 inputs, config.json says group size 64",
         "has zero points, config.json says zero_point: false",
-        "scales are not all finite and positive",
+        "scales are not all finite and above 0 (below 0 in symmetric groups only)",
     ]
+
+
+def test_only_symmetric_groups_may_be_turned_around(tmp_path):
+    quantized = random_tensor((32, 64), AffineScheme(4, 32, True))
+    quantized.arrays["scales"][0, 1] = -0.5
+    (tmp_path / "1").mkdir()
+    assert Checkpoint.open(write(tmp_path / "1", pack(quantized))).problems(["m.weight"]) == []
+    quantized.arrays["zeros"][0, 1] = 7  # that very group
+    (tmp_path / "2").mkdir()
+    (problem,) = Checkpoint.open(write(tmp_path / "2", pack(quantized))).problems(["m.weight"])
+    assert "below 0 in symmetric groups only" in problem.what
 
 
 def test_packed_though_the_config_leaves_it_dense(tmp_path):

@@ -25,6 +25,7 @@ def random_tensor(shape, scheme, low=1):
     codes = torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8)
     scales = (torch.rand(*batch, rows, groups) + 0.01).to(torch.float16)
     if scheme.symmetric:
+        scales = torch.where(torch.rand(scales.shape) < 0.5, -scales, scales)
         zeros = torch.full(scales.shape, 2 ** (scheme.bits - 1), dtype=torch.uint8)
     else:
         zeros = torch.randint(low, 2**scheme.bits, scales.shape, dtype=torch.uint8)

@@ -142,9 +142,8 @@ def test_senseless_config(tmp_path):
 @pytest.mark.parametrize(
     ("part", "change", "text"),
     [
-        ("scales", lambda t: t.zero_(), "not all finite and positive"),
-        ("scales", lambda t: t.neg_(), "not all finite and positive"),
-        ("scales", lambda t: t.fill_(float("nan")), "not all finite and positive"),
+        ("scales", lambda t: t.zero_(), "not all finite and above 0"),
+        ("scales", lambda t: t.fill_(float("nan")), "not all finite and above 0"),
         ("g_idx", lambda t: t.copy_(t.flip(0)), "g_idx is not in order"),
         ("qzeros", lambda t: t.zero_(), "zeros are not all in the middle"),
     ],
@@ -153,6 +152,18 @@ def test_values(tmp_path, part, change, text):
     given = tensors()
     change(given[f"{EXPERT}.{part}"])
     one(sealed(tmp_path, given), "model-experts-layer-001.safetensors", EXPERT, text)
+
+
+def test_only_symmetric_groups_may_be_turned_around(tmp_path):
+    given = tensors()
+    given[f"{EXPERT}.scales"].neg_()
+    assert found(sealed(tmp_path / "1", given)) == []
+    zeros = given[f"{EXPERT}.qzeros"]
+    zeros[0, 0] ^= 1  # one group of one output has another zero
+    turned = sealed(tmp_path / "2", given, {"sym": False})
+    one(turned, "model-experts-layer-001.safetensors", EXPERT, "below 0 in symmetric groups only")
+    given[f"{EXPERT}.scales"][0, 0].neg_()
+    assert found(sealed(tmp_path / "3", given, {"sym": False})) == []
 
 
 def test_values_allowed_by_another_config(tmp_path):

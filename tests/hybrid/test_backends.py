@@ -15,6 +15,8 @@ def random_quantized(count, rows, columns, *, bits, group, symmetric, bf16_scale
     scheme = AffineScheme(bits, group, symmetric)
     groups = columns // scheme.group(columns)
     scales = torch.rand(count, rows, groups) * 0.02 + 0.001
+    if symmetric:  # such a group may be turned around
+        scales = torch.where(torch.rand_like(scales) < 0.5, -scales, scales)
     scales = scales.bfloat16().half() if bf16_scales else scales.half()
     zeros = torch.randint(1, 2**bits, (count, rows, groups), dtype=torch.uint8)
     arrays = {

@@ -33,7 +33,8 @@ def test_grid_is_storable_and_codes_fit(scheme, search):
     assert scales.shape == (3, 24, 256 // scheme.group(256))
     assert scales.dtype == torch.float16
     assert torch.equal(scales.to(torch.bfloat16).float(), scales.float())
-    assert bool((scales.float() >= SMALLEST_SCALE).all())
+    assert bool((scales.float().abs() >= SMALLEST_SCALE).all())
+    assert scheme.symmetric or bool((scales > 0).all())
     assert zeros.dtype == torch.uint8
     assert int(zeros.min()) >= 1
     assert int(codes.max()) < 2**scheme.bits
@@ -42,7 +43,7 @@ def test_grid_is_storable_and_codes_fit(scheme, search):
     worst = 0.75 if search else 0.51  # in steps; a searched grid may clip
     error = (weight - result.dequantize()).abs()
     inside = codes.gt(0) & codes.lt(2**scheme.bits - 1)
-    step = scales.float().repeat_interleave(scheme.group(256), -1)
+    step = scales.float().abs().repeat_interleave(scheme.group(256), -1)
     assert float((error / step)[inside].max()) < worst
 
 
@@ -96,8 +97,40 @@ def test_zero_tiny_and_one_sided_rows(search, symmetric):
     assert bool(torch.isfinite(dense).all())
     assert bool((dense[0, :2] == 0).all())
     assert int(result.arrays["zeros"].min()) >= 1
-    step = result.arrays["scales"].float().repeat_interleave(32, -1)
+    step = result.arrays["scales"].float().abs().repeat_interleave(32, -1)
     assert float(((weight - dense).abs() / step)[0, 2:4].max()) < 3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("search", [True, False])
+def test_a_group_whose_longer_side_is_above_zero_is_turned_around(search, bits):
+    weight = torch.randn((2, 40, 128), generator=fresh())
+    scheme = AffineScheme(bits, 32, symmetric=True)
+    grid = fit_grid(weight, scheme, search=search)
+    groups = weight.unflatten(-1, (4, 32))
+    above = groups.amax(-1) > -groups.amin(-1)
+    assert torch.equal(grid.scales < 0, above)
+    assert bool(above.any()) and not bool(above.all())
+    # Mirrored weights lie on the mirrored grid, and are rounded to the mirrored numbers.
+    mirrored = fit_grid(-weight, scheme, search=search)
+    assert torch.equal(mirrored.scales, -grid.scales)
+    codes = [encode(w, g, bits) for w, g in ((weight, grid), (-weight, mirrored))]
+    assert torch.equal(*codes)
+    kept = fit_grid(weight, scheme, search=search, turning=False)
+    assert bool((kept.scales > 0).all())
+    assert torch.equal(kept.scales[~above], grid.scales[~above])
+
+
+@pytest.mark.parametrize(("group", "most"), [(32, 0.93), (128, 0.95)])
+def test_turned_groups_lose_less(group, most):
+    weight = torch.randn((4, 64, 512), generator=fresh())
+    scheme = AffineScheme(4, group, symmetric=True)
+    lost = []
+    for turning in (True, False):
+        grid = fit_grid(weight, scheme, search=True, turning=turning)
+        arrays = {"codes": encode(weight, grid, 4), "scales": grid.scales, "zeros": grid.zeros}
+        lost.append((weight - QuantizedTensor(scheme, arrays).dequantize()).square().sum())
+    assert lost[0] < most * lost[1]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e6])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.finite import require_finite
+from pipeline.checkpoint.finite import UNSOUND_SCALES, require_finite, sound_scales
 from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.gptq_settings import settings_of
 from pipeline.checkpoint.output import ModuleRules
@@ -240,14 +240,13 @@ class Awq:
     ) -> list[Problem]:
         """Whether bits, groups and scales are what config.json says."""
         settings = config.get("quantization_config") or {}
-        scales = parts["scales"]
-        sound = (torch.isfinite(scales) & (scales > 0)).flatten(1).all(1).tolist()
+        sound = sound_scales(parts["scales"], _unpack(parts["qzeros"]) == 1 << (BITS - 1))
         found = []
         for i, weight in enumerate(weights):
             name = weight.name.removesuffix(".weight")
             whats = _contradictions(weight, settings)
             if not sound[i]:
-                whats.append("scales are not all finite and positive")
+                whats.append(UNSOUND_SCALES)
             found += [Problem(weight.parts["qweight"].file, what, name) for what in whats]
         return found
 

@@ -7,6 +7,8 @@ Stored per module M with weight [out, in], `bits` b, groups G and P = 32 / b cod
   M.g_idx    I32 [in]            group of each input; i // group size unless act-order was used
 weight[o, i] = scales[g_idx[i], o] * (code[o, i] - zero[g_idx[i], o])
 
+A symmetric group's scale may lie below 0 (`pipeline.quantize.grid`).
+
 Version 1 (`checkpoint_format: gptq`) cannot hold the zero 0: the subtraction would borrow from the
 neighbouring code.  A stored 2**bits - 1 means the zero 2**bits, on which readers disagree (some
 mask the sum).  So zeros 1 ... 2**bits - 1 are written; the other is understood when read.
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.finite import require_finite
+from pipeline.checkpoint.finite import UNSOUND_SCALES, require_finite, sound_scales
 from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.gptq_settings import quantization_config, settings_of
 from pipeline.checkpoint.output import ModuleRules
@@ -265,7 +267,7 @@ class Gptq:
         for i, weight in enumerate(weights):
             whats = self._contradictions(weight, settings, values, i)
             if not values.sound[i]:
-                whats.append("scales are not all finite and positive")
+                whats.append(UNSOUND_SCALES)
             name = weight.name.removesuffix(".weight")
             found += [Problem(weight.parts["qweight"].file, what, name) for what in whats]
         return found
@@ -320,12 +322,11 @@ class _Values:
     """
 
     def __init__(self, parts: Mapping[str, Tensor], packing: Packing) -> None:
-        scales = parts["scales"]
-        self.sound = (torch.isfinite(scales) & (scales > 0)).flatten(1).all(1).tolist()
-        zeros = unpack_words(parts["qzeros"], packing.bits).flatten(1)
-        middle = 2 ** (packing.bits - 1) - (2 - packing.version)
-        self.central = (zeros == middle).all(1).tolist()
-        self.overflowing = (zeros == 2**packing.bits - 1).any(1).tolist()
+        zeros = unpack_words(parts["qzeros"], packing.bits)
+        central = zeros == 2 ** (packing.bits - 1) - (2 - packing.version)
+        self.sound = sound_scales(parts["scales"], central)
+        self.central = central.flatten(1).all(1).tolist()
+        self.overflowing = (zeros == 2**packing.bits - 1).flatten(1).any(1).tolist()
         self._index = parts.get("g_idx")
         self._in_order: dict[int, Sequence[bool]] = {}
 

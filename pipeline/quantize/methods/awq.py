@@ -34,7 +34,7 @@ class Awq:
         options: SolverOptions,
         sensitivity: Tensor | None = None,
     ) -> Solved:
-        """See `pipeline.quantize.solved.Quantizer`; of the options, only `scale_search`."""
+        """See `pipeline.quantize.solved.Quantizer`; of the options, only those of scales."""
         matrices, moments = as_batch(weight, hessian)
         if moments is None:
             raise ValueError("awq needs a Hessian")

@@ -79,7 +79,12 @@ def _solve(
     backend = solver_backend(weight.device)
     importance = column_importance(factored)
     grid = fit_grid(
-        weight, scheme, search=options.scale_search, importance=importance, backend=backend
+        weight,
+        scheme,
+        search=options.scale_search,
+        turning=options.negative_scales,
+        importance=importance,
+        backend=backend,
     )
     codes = sweep(weight, factored, grid, bits=scheme.bits, backend=backend)
     for done in range(options.refinement_passes):

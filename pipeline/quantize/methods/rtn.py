@@ -30,10 +30,16 @@ class RoundToNearest:
         options: SolverOptions,
         sensitivity: Tensor | None = None,
     ) -> Solved:
-        """See `pipeline.quantize.solved.Quantizer`; uses `options.scale_search` only."""
+        """See `pipeline.quantize.solved.Quantizer`; of the options, only those of scales."""
         matrices, moments = as_batch(weight, hessian)
         backend = solver_backend(matrices.device)
-        grid = fit_grid(matrices, scheme, search=options.scale_search, backend=backend)
+        grid = fit_grid(
+            matrices,
+            scheme,
+            search=options.scale_search,
+            turning=options.negative_scales,
+            backend=backend,
+        )
         arrays = {
             "codes": encode(matrices, grid, scheme.bits),
             "scales": grid.scales,
