@@ -4,16 +4,17 @@
         [--minutes N]
         [--kills 200] [--demo 12] [--publish 30] [--full 40] [--together 8] [--soak 200]
 
-kills     `requant run` on the micro model as a process of its own, killed by SIGKILL: at a file
-          operation drawn at random (within writes too, half of the bytes written), or at a random
-          time; the resumed run is killed again, up to eight times.  Then the same command once
-          more, to the end.
+kills     `requant run` on the micro model (with the dense copy) as a process of its own, killed by
+          SIGKILL at a drawn file operation (within writes too, half of the bytes written), or up
+          to a tenth of a second after one; the resumed run is killed again, eight times in all,
+          twice in each stage.  Then the same command once more, to the end.
 demo      the same on the trained demo model, with less calibration text.
 publish   `requant publish` to the tests' own Hub server, killed and repeated.
 full      the disk is full at a drawn operation; or no file may be larger than a drawn size; or a
           real small file system fills up meanwhile (where this user may mount one).
 together  so many conversions of the demo model at once, of one Hub id into one empty cache.
-soak      so many conversions of the micro model in a row in one process: memory, open files.
+soak      so many conversions of the micro model in a row in one process: after a warm-up of 20,
+          the median memory of the last 20 against that of the first 20, and open files.
 
 A part passes when no byte of the result (weights, index, config, shard map, tokenizer, record)
 differs from an uninterrupted run's, nothing half-made was accepted by `requant verify`, validate,

@@ -6,28 +6,41 @@ import importlib
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "t" * 34
-STAGE = re.compile(r"\] ([a-z]+)[:\n]")
 MOST_RUNS = 6
 KILLS_A_ROUND = 8
-"""At most: a round ends early when a run gets through."""
+"""As many of each stage; a round ends early when a run gets through, which only the last can."""
+LATEST = 0.1
+"""Seconds after an operation, for the kills that strike between two."""
+BEGINS_WITH = {
+    "dequantize": "",
+    "requantize": "DIR/out.partial/.model-experts-",
+    "shard": "DIR/out.partial/.model-nonexpert-",
+    "validate": "DIR/out/.report.json.",
+}
+"""What the first operation of a stage is about."""
 
 faults: Any = importlib.import_module("support.faults")
 recipes: Any = importlib.import_module("support.recipes")
 hub_module: Any = importlib.import_module("support.hub")
 Round = dict[str, Any]
+Target = tuple[str, int]
+"""An operation, and how many like it went before."""
+Kill = tuple[int, float]
+"""The number of an operation, and seconds after it."""
 
 
 def deadline() -> float:
@@ -57,50 +70,82 @@ def project(folder: Path, name: str, *, demo: bool = False) -> Any:  # noqa: ANN
 def kills(
     folder: Path, count: int, chance: random.Random, workers: int, *, demo: bool = False
 ) -> dict[str, Any]:
-    """Conversions killed at random and resumed."""
+    """Conversions, the dense copy and the validation included, killed at random and resumed."""
     whole = project(folder, "whole", demo=demo)
-    outcome = faults.requant(["run", whole.write()], whole.folder)
+    outcome = faults.requant(["run", _with_copy(whole)], whole.folder)
     assert outcome.code == 0, outcome.said
-    expected = recipes.digests(whole.output)
-    last = next(i for i, o in enumerate(outcome.operations) if ".report.json." in o)
-    seconds = 0.0
-    plans = []
+    expected = _digests(whole)
+    targets, begins = _targets([o.replace(str(whole.folder), "DIR") for o in outcome.operations])
+    plans: list[tuple[int, list[Kill]]] = []
     for number in range(-(-count // KILLS_A_ROUND)):
-        # One in four goes on into the validation, which takes as long as all before it.
-        end = ["--until", "validate" if number % 4 == 0 else "shard"]
-        reach = len(outcome.operations) if number % 4 == 0 else last
-        at = chance.randrange(reach) if number % 3 else None
-        share = chance.random() if at is None else None
-        # Each of these is a resumed run's, which has less to do the more is done.
-        again = [chance.randrange(2, reach // 3) for _ in range(KILLS_A_ROUND - 1)]
-        plans.append((number, at, share, again, end))
+        drawn = [
+            (place, chance.choice((0.0, 0.0, chance.uniform(0.0, LATEST))))
+            for first, last in pairwise([*begins, len(targets)])
+            for place in sorted(chance.sample(range(first, last), KILLS_A_ROUND // len(begins)))
+        ]
+        plans.append((number, drawn))
 
-    def one(plan: tuple[int, int | None, float | None, list[int], list[str]]) -> Round:
-        nonlocal seconds
-        number, at, share, again, end = plan
-        late = None if share is None else 0.5 + share * (seconds or 6.0)
-        fault = faults.Fault(at=at, seconds=late)
-        made = project(folder, str(number), demo=demo)
-        found = _killed(made, ["run", made.write(), *end], fault, again, expected)
-        # How long an uninterrupted run takes on this machine now, for the kills to come.
-        seconds = found["seconds"] if found["killed"] == 0 else seconds
-        return found
+    def one(plan: tuple[int, list[Kill]]) -> Round:
+        made = project(folder, str(plan[0]), demo=demo)
+        return _killed(made, plan[1], targets, expected)
 
     rounds = _side_by_side(one, plans, workers)
-    stages = Counter(stage for r in rounds for stage in r["stages"])
+    last = {name: place for place, (name, _) in enumerate(targets)}
+    killed = Counter(bisect_right(begins, last[name]) - 1 for r in rounds for name in r["struck"])
     summary = {
         "rounds": len(rounds),
         "kills": sum(r["killed"] for r in rounds),
-        "operations": len(outcome.operations),
-        "killed_in": dict(sorted(stages.items())),
+        "operations": len(targets),
+        "killed_in": {stage: killed[number] for number, stage in enumerate(BEGINS_WITH)},
+        "killed_between_operations": sum(r["late"] for r in rounds),
         "half_made_left": sum(r["half_made"] for r in rounds),
         "half_made_accepted": sum(len(r["accepted"]) for r in rounds),
-        "damaged_under_the_final_name": sum(r["damaged"] for r in rounds),
+        "damaged_under_the_final_name": sum(len(r["damaged"]) for r in rounds),
         "rounds_with_differing_bytes": sum(r["differs"] for r in rounds),
         "files_left_beside": sum(r["left"] for r in rounds),
     }
     wrong = [r for r in rounds if r["accepted"] or r["damaged"] or r["differs"] or r["left"]]
     return summary | {"wrong": wrong[:5], "passed": not wrong}
+
+
+def _with_copy(made: Any) -> Path:  # noqa: ANN401
+    path: Path = made.change(dequantize={"write": True}).write()
+    return path
+
+
+def _digests(made: Any) -> dict[str, str]:  # noqa: ANN401
+    """Of the result and of the dense copy, those of them that are there."""
+    return {
+        f"{folder.name}/{name}": digest
+        for folder in _results(made)
+        for name, digest in recipes.digests(folder).items()
+        if not name.endswith(".tmp")  # a killed run's, in no seal; the next run deletes it
+    }
+
+
+def _results(made: Any) -> list[Path]:  # noqa: ANN401
+    copy = made.output.with_name("out-bf16")
+    return [folder for folder in (made.output, copy) if folder.exists()]
+
+
+def _targets(operations: list[str]) -> tuple[list[Target], list[int]]:
+    """A whole run's operations, and at which of them each stage begins.
+
+    Without directories that are made: most are there already, and asked for at any time.
+    """
+    seen: Counter[str] = Counter()
+    targets = []
+    for operation in operations:
+        if operation.startswith("os.mkdir"):
+            continue
+        name = faults.plain(operation)
+        targets.append((name, seen[name]))
+        seen[name] += 1
+    begins = [
+        next(place for place, (name, _) in enumerate(targets) if what in name)
+        for what in BEGINS_WITH.values()
+    ]
+    return targets, begins
 
 
 def demo(folder: Path, count: int, chance: random.Random, workers: int) -> dict[str, Any]:
@@ -110,37 +155,37 @@ def demo(folder: Path, count: int, chance: random.Random, workers: int) -> dict[
 
 def _killed(
     made: Any,  # noqa: ANN401
-    command: list[Any],
-    fault: Any,  # noqa: ANN401
-    again: list[int],
+    plan: list[Kill],
+    targets: list[Target],
     expected: dict[str, str],
 ) -> Round:
-    found: Round = {"fault": str(fault), "killed": 0, "half_made": 0, "accepted": [], "stages": []}
-    found["damaged"] = False
-    started = time.monotonic()
-    for step in [fault, *(faults.Fault(at=at) for at in again)]:
-        outcome = faults.requant(command, made.folder, step)
+    command = ["run", _with_copy(made)]
+    found: Round = {"plan": plan, "killed": 0, "late": 0, "half_made": 0, "accepted": []}
+    found |= {"struck": [], "damaged": []}
+    for place, delay in plan:
+        # Where a resumed run has done this one already, the first that it does after it.
+        ahead = ((name.replace("DIR", str(made.folder)), n) for name, n in targets[place:])
+        fault = faults.Fault(targets=frozenset(ahead), delay=delay)
+        outcome = faults.requant(command, made.folder, fault)
         if outcome.code == 0:
             break
-        stages = STAGE.findall(outcome.said)
-        found["killed"] += outcome.code == -9
-        found["stages"].append(stages[-1] if stages else "start")
+        if outcome.code == -9:
+            struck = outcome.said.rpartition(faults.STRUCK)[2].split("\n")[0]
+            found["killed"] += 1
+            found["late"] += delay > 0
+            found["struck"].append(struck.replace(str(made.folder), "DIR"))
         if faults.half_made(made.partial):
             found["half_made"] += 1
             found["accepted"] += faults.accepted(made.partial, made.folder)
-        if made.output.exists():
-            same = {
-                name: digest
-                for name, digest in recipes.digests(made.output).items()
-                if not name.endswith(".tmp")  # swept up by the next run, and in no seal
-            } == expected
-            found["damaged"] |= not same or bool(faults.verify_model(made.output))
-    found["seconds"] = time.monotonic() - started
+        found["damaged"] += [n for n, digest in _digests(made).items() if digest != expected.get(n)]
+        for folder in _results(made):
+            found["damaged"] += map(str, faults.verify_model(folder))
     outcome = faults.requant(command, made.folder)
-    found["differs"] = outcome.code != 0 or recipes.digests(made.output) != expected
+    found["differs"] = outcome.code != 0 or _digests(made) != expected
     if outcome.code:
         found["said"] = outcome.said[-2000:]
-    found["left"] = sum(path.name not in ("out", "recipe.yaml") for path in made.folder.iterdir())
+    result = {"out", "out-bf16", "recipe.yaml"}
+    found["left"] = sum(path.name not in result for path in made.folder.iterdir())
     shutil.rmtree(made.folder)
     print(json.dumps(found), file=sys.stderr, flush=True)
     return found

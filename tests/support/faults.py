@@ -9,15 +9,18 @@ bytes are there.  Reads of source tensors (`os.preadv`) are counted apart.
 import contextlib
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from huggingface_hub import constants
@@ -37,6 +40,7 @@ from pipeline.stages.verify import verify_model
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
 """Audit events of operations that change a disk; those of `open` are looked at for how."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+STRUCK = "struck at: "
 TAKES_ROOM = ("open", "write", "os.mkdir", "fsync")
 """What a full disk refuses."""
 
@@ -47,6 +51,12 @@ class Fault:
 
     at: int | None = None
     """The operation that it happens at."""
+    targets: frozenset[tuple[str, int]] = frozenset()
+    """Operations of which the first kills, each told by what `plain` makes of it and how many such
+    went before: a resumed run does fewer than a whole one.  The log then ends in STRUCK and what it
+    was."""
+    delay: float = 0.0
+    """Seconds after that operation at which the process is killed."""
     error: int | None = None
     """What the system answers there; a full disk goes on answering so.  None: the process is
     killed."""
@@ -110,6 +120,11 @@ def requant(
     return Outcome(process.exitcode or 0, said, operations, reads)
 
 
+def plain(operation: str) -> str:
+    """An operation without what differs from process to process."""
+    return re.sub(r"\.\d+\.tmp$", ".tmp", operation)
+
+
 def _child(
     answer: Any,
     arguments: list[str],
@@ -142,6 +157,8 @@ class Watch:
         self.done: list[str] = []
         self.reads = 0
         self.off = False
+        self._seen: Counter[str] = Counter()
+        self._struck = False
         self._lock = threading.RLock()
         self._full = False
 
@@ -200,9 +217,13 @@ class Watch:
             return
         with self._lock:
             fault = self.fault
+            here = self._is_target(f"{what} {path}")
+            if here and fault.delay:
+                Thread(target=self._strike_later, daemon=True).start()
+                here = False
             if self._full and what in TAKES_ROOM:
                 raise OSError(fault.error, os.strerror(fault.error), path)
-            if len(self.done) == fault.at and not self._full:
+            if (here or len(self.done) == fault.at) and not self._full:
                 self.off = True
                 if fault.deletes is not None:
                     shutil.rmtree(fault.deletes)
@@ -223,6 +244,20 @@ class Watch:
                     self._full = True  # nothing is refused before something takes room
                 self.off = False
             self.done.append(f"{what} {path}")
+
+    def _is_target(self, operation: str) -> bool:
+        if self._struck or not self.fault.targets:
+            return False
+        name = plain(operation)
+        self._seen[name] += 1
+        self._struck = (name, self._seen[name] - 1) in self.fault.targets
+        if self._struck:
+            os.write(2, f"\n{STRUCK}{name}\n".encode())
+        return self._struck
+
+    def _strike_later(self) -> None:
+        time.sleep(self.fault.delay)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _turn_back_the_clock() -> None:
