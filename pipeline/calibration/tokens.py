@@ -104,7 +104,8 @@ class Tokenizer:
             why = (
                 f"it takes longer than {seconds:.0f} s; it may never end"
                 if late
-                else f"its process ended; it may need more than {MEMORY_BYTES / 2**30:g} GiB"
+                else "its process ended; it may need more memory than there is, or than the"
+                f" {MEMORY_BYTES / 2**30:g} GiB that it may take"
             )
             found = {"error": why}
         if "error" in found:
