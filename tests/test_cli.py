@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from support.damage import header_end
 
@@ -165,7 +167,7 @@ def test_run(project, cli):
     places = [f"{name}: {project.output}/report.{name_of}" for name, name_of in PLACES.items()]
     assert answer.out.splitlines()[-2:] == places
     *lines, device, advice = answer.err.splitlines()
-    assert device == "no GPU was found: both parts ran on the CPU"
+    assert device == "no GPU was found: the whole model runs on the CPU"
     assert "pipeline.hybrid.load" in advice and "random" in advice
     # one line when a stage begins; more only where one takes longer than half a minute
     begun = [line.split("] ")[1] for line in lines]
@@ -231,6 +233,8 @@ def test_validate(output, cli, tmp_path):
     for key in ("source", "quantized", "kl_divergence"):
         assert report[key] == before[key]
     assert report["placement"]["device_memory_limit"] == 1 << 30
+    assert report["placement"]["use"] == {"0": {"cpu": 1.0}, "1": {"cpu": 1.0}}
+    assert report["question"]["placement"] == report["placement"]["request"] == "cpu"
     assert cli("verify", output).code == 0  # a new report breaks no seal
 
 
@@ -264,6 +268,7 @@ def test_validate_refuses(output, micro, cli, tmp_path):
         (output, "--source", "/nowhere"): "/nowhere",
         (output, "--device-memory", "much"): "'much' is not a size",
         (output, "--device-memory", "1KiB"): "weights outside the experts need",
+        (output, "--placement", "cpu:0.5"): "must add up to 1",
         (output, "--json", tmp_path / "no" / "file.json"): "is not a directory",
     }
     for arguments, said in cases.items():
@@ -314,8 +319,15 @@ def test_generate(output, cli):
     arguments = ("generate", output, "--prompt", "the value of", "--max-new-tokens", 5)
     answer = cli(*arguments)
     assert answer.code == 0, answer.err
-    assert answer.err.strip().endswith("tokens/s") and float(answer.err.split()[0]) > 0
+    assert float(re.fullmatch(r"(?s).*\n([0-9.]+) tokens/s\n", answer.err)[1]) > 0
     answer_of_a_whole_model = answer.out  # greedy, so the same again
+    told = cli(*arguments, "--stats")
+    assert told.out == answer.out
+    for words in ("placement", "prefill", "5 tokens,", "100.00\N{NO-BREAK SPACE}% of the calls"):
+        assert words in told.err, told.err
+    assert told.err.count("no GPU was found") == (not torch.cuda.is_available())
+    answer = cli(*arguments, "--placement", "elsewhere")
+    assert answer.code == 2 and '"elsewhere" is no road' in answer.err
     answer = cli("generate", output, "--prompt", "")
     assert answer.code == 2 and "prompt" in answer.err
     assert cli(*arguments, "--verify").out == answer_of_a_whole_model

@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 _AT_ONCE = 64
 """Experts that are laid out anew at a time."""
 
+NO_GPU = "no GPU was found: the whole model runs on the CPU"
+
 
 def load(
     path: Path | str,
@@ -79,7 +81,8 @@ def load(
     follow_use: resident experts are copies of zero-copy ones, and change with use while the model
     decodes on a GPU; False: the table stays as it is chosen, for timings that can be repeated.
 
-    The model gains `hybrid_placement` (where things are, bytes, back ends, load seconds) and
+    The model gains `hybrid_placement` (where things are, bytes, back ends, load seconds, and
+    remarks: what is also logged, once per process, of a GPU or kernels that are missing) and
     `hybrid_quantization` (config.json's quantization_config, which transformers must not see).
 
     Raises UserErrors: CheckpointError for a directory that is damaged, of an unknown architecture
@@ -90,12 +93,15 @@ def load(
         raise UserError(f"dtype {dtype} is not supported: use torch.bfloat16 or torch.float32")
     limit = None if device_memory is None else parse_size(device_memory)
     target = _choose_device(device)
+    remarks = [NO_GPU] if device is None and target.type == "cpu" else []
     checkpoint = Checkpoint.open(path)
     loader = _Loader(checkpoint, target, dtype, follow_use and target.type == "cuda")
     need = loader.check_memory(limit)
-    loader.choose_roads(
+    remarks += loader.choose_roads(
         placement, need, limit, None if host_memory is None else parse_size(host_memory)
     )
+    for remark in remarks:
+        _tell(remark)
     with torch.inference_mode(False), torch.no_grad():
         loader.fill()
         loader.connect()
@@ -103,8 +109,10 @@ def load(
     model = loader.model
     model.hybrid_quantization = checkpoint.config.get("quantization_config") or {}  # type: ignore[assignment]
     model.hybrid_placement = {  # type: ignore[assignment]
+        "request": placement,
         **loader.placement(),
         "device_memory_limit": limit,
+        "remarks": remarks,
         "load_seconds": time.perf_counter() - started,
     }
     model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
@@ -168,19 +176,23 @@ class _Loader:
                 )
         return need
 
-    def choose_roads(self, placement: str, need: int, limit: int | None, host: int | None) -> None:
+    def choose_roads(
+        self, placement: str, need: int, limit: int | None, host: int | None
+    ) -> list[str]:
         """Fill the table; ResourceError when experts do not fit where it wants them.
 
         need: bytes that the rest takes on the device; limit and host: of device and RAM.
+        Returns what is to be said of the choice.
         """
         where = str(self.checkpoint.path)
         layers = self._layer_experts()
-        self._roads = choose(placement, layers, self.device, need, limit)
+        self._roads, remarks = choose(placement, layers, self.device, need, limit)
         check_memory(self._roads, layers, need, limit, host, where)
         self._homes = self._roads
         if self._follow_use:
             self._copies, self._homes = as_copies(self._roads, layers)
             check_memory(self._homes, layers, need, limit, host, where)
+        return remarks
 
     def _layer_experts(self) -> dict[int, LayerExperts]:
         """Size and use of each layer's experts; use is known where there is a shard map."""
@@ -383,7 +395,6 @@ class _Loader:
 def _choose_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         if not torch.cuda.is_available():
-            _tell_no_gpu()
             return torch.device("cpu")
         device = torch.device("cuda", torch.cuda.current_device())
     chosen = torch.device(device)
@@ -393,8 +404,8 @@ def _choose_device(device: torch.device | str | None) -> torch.device:
 
 
 @cache  # once per process
-def _tell_no_gpu() -> None:
-    log.warning("no GPU found: the whole model runs on the CPU")
+def _tell(remark: str) -> None:
+    log.warning(remark)
 
 
 @cache  # once per process and model

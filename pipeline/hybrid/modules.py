@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.hybrid.backends import Matrices
+from pipeline.hybrid.placing import ROADS
 
 
 class HybridExperts(nn.Module):
@@ -40,6 +41,10 @@ class HybridExperts(nn.Module):
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return self._gate_up.nbytes + self._down.nbytes
+
+    def roads(self, device: torch.device) -> Tensor:
+        """Where each expert is: int64 [experts] on `device`, an index into ROADS."""
+        return torch.full((self.num_experts,), ROADS.index("cpu"), device=device)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Each chosen expert runs once, on all its tokens; sums are kept in float32.

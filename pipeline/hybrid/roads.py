@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -15,8 +13,6 @@ import torch
 from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, Reserve, read_shard_map
 from pipeline.errors import ResourceError, UserError
 from pipeline.hybrid.placing import Table, by_policy, by_request, probe
-
-log = logging.getLogger(__name__)
 
 _SHARES = 10**9
 """Shares in a shard map have nine digits; as whole numbers they count as calls."""
@@ -37,27 +33,28 @@ def choose(
     device: torch.device,
     need: int,
     limit: int | None,
-) -> Table:
+) -> tuple[Table, list[str]]:
     """The table that `placement` asks for; "auto" without a GPU is the CPU for all.
 
     need: bytes on the device beside experts; limit: bytes allowed there.
+    Also returns what is to be said of it: that kernels which were asked for do not work.
     Raises UserError for a request that is unknown or needs a GPU where there is none.
     """
     if placement == "auto" and device.type != "cuda":
-        return by_request(layers, "cpu")
+        return by_request(layers, "cpu"), []
     if placement != "auto":
         table = by_request(layers, placement)
         if all(road == "cpu" for roads in table.values() for road in roads):
-            return table
+            return table, []
     reason = kernels_fail(device)
     if reason:
-        _tell_no_kernels(reason)
-        return by_request(layers, "cpu")
+        remark = f"Triton cannot be used, the CPU computes all experts: {reason}"
+        return by_request(layers, "cpu"), [remark]
     if placement != "auto":
-        return table
+        return table, []
     free, _ = torch.cuda.mem_get_info(device)
     room = (free if limit is None else min(free, limit)) - need - Reserve().total
-    return by_policy(layers, room, probe(device))
+    return by_policy(layers, room, probe(device)), []
 
 
 def check_memory(
@@ -109,8 +106,3 @@ def kernels_fail(device: torch.device) -> str | None:
         f"placements other than cpu need a GPU, and the model is on {device}: "
         "use placement cpu or auto"
     )
-
-
-@cache  # once per process and reason
-def _tell_no_kernels(reason: str) -> None:
-    log.warning("Triton cannot be used, the CPU computes all experts: %s", reason)

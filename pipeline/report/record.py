@@ -68,7 +68,10 @@ class Placement(_Part):
 
     device: str = "cpu"
     bytes: dict[str, int] = {}
-    experts: dict[str, Any] = {}
+    experts: dict[str, str | dict[str, int]] = {}
+    expert_bytes: dict[str, int] = {}
+    use: dict[str, dict[str, Number]] = {}
+    request: str = "cpu"
     backends: dict[str, dict[str, int]] = {}
     device_memory_limit: int | None = None
 

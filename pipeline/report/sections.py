@@ -12,6 +12,7 @@ from pipeline.report import charts
 from pipeline.report.figures import Picture
 from pipeline.report.page import Section, Table
 from pipeline.report.record import Interval, LayerRecord, Original, Record, Report
+from pipeline.report.roads import by_layer, by_road
 from pipeline.report.words import percent
 
 
@@ -230,41 +231,45 @@ def resources(record: Record) -> Section:
 
 
 def placement(record: Record) -> Section:
-    """Where the loaded model lay while it was measured."""
+    """Where the loaded model lay while it was measured, and the roads of its experts' calls."""
     p = record.report.placement
+    nbytes = p.expert_bytes or {"cpu": p.bytes.get("experts", 0)}
     on_gpu = p.device != "cpu"
-    parts = {
-        "experts": p.bytes.get("experts", 0),
+    rest = {
         "quantised linear layers": p.bytes.get("quantized_linears", 0),
         "everything else": p.bytes.get("dense", 0),
     }
-    where = {name: on_gpu and name != "experts" for name in parts}
-    rows = [
-        [name, p.device if where[name] else "RAM", size(count)] for name, count in parts.items()
-    ]
+    experts = by_road(nbytes, p.use)
+    rows = [[f"experts: {road}", place, held, calls] for road, place, held, calls in experts]
+    rows += [[name, p.device if on_gpu else "RAM", size(n), ""] for name, n in rest.items()]
     backends = [
         [f"{kind}: {name}", str(count)]
         for kind, found in p.backends.items()
         for name, count in found.items()
     ]
     limit = p.device_memory_limit if on_gpu else None
-    lead = "Experts are in RAM and computed by the CPU; "
-    lead += (
-        f"everything else is on the GPU, which may use {size(p.device_memory_limit)}."
-        if on_gpu and p.device_memory_limit
-        else "everything else is on the GPU."
-        if on_gpu
-        else "there was no GPU, so the rest is there too."
-    )
+    lead = "" if on_gpu else "There was no GPU: all of it is in RAM and computed by the CPU."
+    if on_gpu:
+        lead = "All but the experts is on the GPU"
+        lead += f", which may use {size(limit)} for it" if limit else ""
+        lead += f"; experts were placed as {p.request} says."
+    if p.use:
+        lead += " Calls are the router's choices on the evaluation text."
+    resident = nbytes.get("resident", 0)
     picture = charts.placement(
-        {n: b for n, b in parts.items() if not where[n]},
-        {n: b for n, b in parts.items() if where[n]},
+        {"experts": sum(nbytes.values()) - resident, **({} if on_gpu else rest)},
+        {"experts": resident, **rest} if on_gpu else {},
         limit,
     )
-    tables = [Table("Where the model is", ("part", "place", "size"), rows, numbers=2)]
+    head = ("part", "place", "size", "of calls")
+    tables = [Table("Where the model is", head, rows, numbers=2)]
     if backends:
         tables.append(Table("What computes it", ("modules", "count"), backends))
-    return Section("placement", "Placement", lead, [(picture, None)], tables, columns=True)
+    folded = []
+    if len(experts) > 1:
+        name = "Experts of each layer, and the part of its calls by road"
+        folded = [(name, Table(name, *by_layer(p.experts, {"calls": p.use})))]
+    return Section("placement", "Placement", lead, [(picture, None)], tables, folded, columns=True)
 
 
 def environment(record: Record) -> Section:

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.checkpoint.summary import Summary
+from pipeline.hybrid.generate import Generated
 from pipeline.plan import Plan
 from pipeline.progress import duration, size
+from pipeline.report.roads import by_layer, by_road
 
 BAR_WIDTH = 40
 """Characters of the longest bar."""
@@ -179,6 +181,32 @@ def _count(elements: int) -> str:
     return f"{elements:,}"
 
 
+def stats_tables(made: Generated) -> list[Table]:
+    """Where the experts of a model were while it generated, the speed, and, where there is more
+    than one road, the part of every layer's calls that each took."""
+    placed = made.placement
+    pairs: dict[str, object] = {
+        "placement": f"{placed['request']}; all but the experts on {placed['device']}",
+        "loaded in": duration(placed["load_seconds"]),
+        "prefill": f"{made.prompt_tokens:,} tokens, {made.prefill_rate:.1f} tokens/s to the first",
+        "decode": f"{made.new_tokens:,} tokens, {made.decode_rate:.1f} tokens/s",
+    }
+    for road, place, nbytes, calls in by_road(placed["expert_bytes"], made.decode_use):
+        of_calls = f"; {calls} of the calls in decoding" if calls else ""
+        pairs[f"experts, {road}"] = f"{nbytes} ({place}){of_calls}"
+    if len(placed["expert_bytes"]) == 1:
+        return [pairs_table("generated", pairs)]
+    head, rows = by_layer(
+        placed["experts"], {"prefill": made.prefill_use, "decode": made.decode_use}
+    )
+    table = Table(title="experts of each layer, and the part of its calls by road")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return [pairs_table("generated", pairs), table]
+
+
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
     """Names and values."""
     table = Table(title=title, show_header=False)
@@ -189,9 +217,9 @@ def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
     return table
 
 
-def show(table: Table) -> None:
-    """Print to standard output, plain and unwrapped when it is not a terminal."""
-    console = Console()
+def show(table: Table, err: bool = False) -> None:
+    """Print to standard output, or error output; plain and unwrapped when it is not a terminal."""
+    console = Console(stderr=err)
     if not console.is_terminal:
-        console = Console(width=200, no_color=True)
+        console = Console(width=200, no_color=True, stderr=err)
     console.print(table)

@@ -40,6 +40,7 @@ def revalidate(
     device_memory: str,
     announce: Callable[[str], None],
     *,
+    placement: str = "cpu",
     threads: int | None = None,
     keep: bool = True,
 ) -> dict[str, Any]:
@@ -47,8 +48,9 @@ def revalidate(
 
     `source`: stream this checkpoint anew for the predictions to compare with; without it the
     model's own record serves.  `text`: what to measure on (with `source` only).  `reference`:
-    stream this one too, the original that the source was made from.  `threads`: CPU
-    threads, in place of those of the model's recipe.  `keep`: false leaves the model untouched.
+    stream this one too, the original that the source was made from.  `placement`: see
+    `hybrid.load`.  `threads`: CPU threads, in place of those of the model's recipe.  `keep`: false
+    leaves the model untouched.
     """
     if not model.is_dir():
         raise CheckpointError(f"{model} is not a directory")
@@ -71,6 +73,7 @@ def revalidate(
     report = validate_model(
         model,
         device_memory=memory,
+        placement=placement,
         thresholds=_thresholds(model, recipe),
         reference=against,
         original=further,

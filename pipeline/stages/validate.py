@@ -23,6 +23,7 @@ from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.evaluate.metrics import compare_each
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.speed import measure, reset_peaks, timed
+from pipeline.hybrid.use import UseCounter
 from pipeline.progress import size
 from pipeline.quantize.precision import float32_products
 from pipeline.report.build import (
@@ -142,6 +143,7 @@ def validate_model(
     *,
     device_memory: int,
     thresholds: Mapping[str, float | None],
+    placement: str = "cpu",
     reference: Reference | None = None,
     original: tuple[str, Reference] | None = None,
     progress: Callable[[str], None] = lambda _message: None,
@@ -151,7 +153,7 @@ def validate_model(
 
     `original`: name and predictions, on the same windows, of what the source was made from; without
     it that record serves too, if there is one and `reference` is not given.  `estimate`: what the
-    plan said that this would take.  Returns the report.
+    plan said that this would take.  `placement`: see `hybrid.load`.  Returns the report.
 
     Raises CheckpointError when there is no record.
     """
@@ -169,18 +171,23 @@ def validate_model(
     started = time.monotonic()
     reset_peaks()  # a conversion in the same process is no part of the result
     progress("loading the model")
-    loaded, load_seconds = timed(lambda: hybrid.load(model, device_memory=device_memory))
+    loaded, load_seconds = timed(
+        lambda: hybrid.load(model, device_memory=device_memory, placement=placement)
+    )
     references = [reference] if original is None else [reference, original[1]]
+    counter = UseCounter(loaded)
     comparison, *others = compare_each(loaded, references, progress=progress)
+    counter.close()  # so that it costs the measured speed nothing
     prompt = reference.windows.token_ids[0, :PROMPT_TOKENS]
     speed = measure(loaded, prompt, decode_tokens=DECODE_TOKENS)
+    placed: dict[str, Any] = loaded.hybrid_placement  # type: ignore[assignment]
     report = {
         "schema": 1,
         "model": model.name,
         "validated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **measured(comparison, speed, load_seconds),
         "reference": reference_figures(original[0] if original else None, comparison, others),
-        "placement": loaded.hybrid_placement,
+        "placement": {**placed, "use": counter.take()},
         "experts": expert_figures(conversion),
         "stages": conversion.get("stages", {})
         | {
@@ -194,7 +201,7 @@ def validate_model(
         "baseline": conversion.get("baseline", "the reference's source"),
         "text": dict(reference.labels),
         "machine": machine(),
-        "question": _question(model, device_memory),
+        "question": _question(model, device_memory, placement),
     }
     return with_digest(report | verdict(report, thresholds))
 
@@ -225,11 +232,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _question(model: Path, device_memory: int) -> dict[str, Any]:
+def _question(model: Path, device_memory: int, placement: str = "cpu") -> dict[str, Any]:
     """What was measured on what: equal questions need no second measurement."""
     sums = model / "SHA256SUMS"
     identity = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None
-    return {"sums": identity, "device_memory": device_memory, "machine": machine()}
+    return {
+        "sums": identity,
+        "device_memory": device_memory,
+        "placement": placement,
+        "machine": machine(),
+    }
 
 
 def _conversion(model: Path) -> dict[str, Any]:

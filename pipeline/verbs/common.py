@@ -45,6 +45,9 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="override a recipe key: requantize.group_size=32")
 ]
 Memory = Annotated[str, typer.Option(help="GPU memory that may be used, such as 10GiB")]
+Placement = Annotated[
+    str, typer.Option(help="cpu, resident, zero-copy, auto, or parts: zero-copy:0.5,cpu:0.5")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,8 +82,8 @@ def finish(
             typer.echo(f"page: {page}")
         elif page is not None:
             announce(MISSING)
-        if report["machine"]["device"] == "cpu":
-            announce("no GPU was found: both parts ran on the CPU")
+        for remark in report["placement"]["remarks"]:
+            announce(remark)
         announce(
             "load it with pipeline.hybrid.load; transformers' own loading leaves experts random"
             " unless they are unfused first (docs/other-readers.md)"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import CheckpointError, OutputError
-from pipeline.verbs.common import Json, Memory, Model, announce, app, finish
+from pipeline.verbs.common import Json, Memory, Model, Placement, announce, app, finish
 
 
 @app.command()
@@ -22,6 +22,7 @@ def validate(
         Path | None, typer.Option(help="original of the source, to measure against as well")
     ] = None,
     device_memory: Memory = "10GiB",
+    placement: Placement = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="copy of the report")] = None,
 ) -> None:
     """Measure perplexity, KL divergence, top-1 agreement and speed of a model, loaded hybrid.
@@ -31,6 +32,7 @@ def validate(
       requant validate out/demo
       requant validate out/demo --source tests/models/qwen3-next-tiny-nf4 --text my.txt
       requant validate out/demo --reference models/Qwen3-Next-80B-A3B-Instruct
+      requant validate out/demo --placement auto
     """
     from pipeline.checkpoint.writer import write_json
     from pipeline.hub.cache import refuse_hub_cache
@@ -40,7 +42,9 @@ def validate(
         refuse_hub_cache(json_file)
     if json_file is not None and not json_file.parent.is_dir():
         raise OutputError(f"{json_file.parent}, where the report is to go, is not a directory")
-    report = revalidate(model, source, text, reference, device_memory, announce)
+    report = revalidate(
+        model, source, text, reference, device_memory, announce, placement=placement
+    )
     if json_file is not None:
         write_json(json_file, report)
     finish(report, False, json_file)
@@ -100,10 +104,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text to continue")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     device_memory: Memory = "10GiB",
-    placement: Annotated[
-        str,
-        typer.Option(help="cpu, resident, zero-copy, auto, or parts: zero-copy:0.5,cpu:0.5"),
-    ] = "cpu",
+    placement: Placement = "cpu",
+    stats: Annotated[
+        bool, typer.Option("--stats", help="tell where experts were and how they were reached")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check SHA256SUMS first")] = False,
 ) -> None:
     """Continue a text with a model loaded hybrid; prints tokens per second at the end.
@@ -113,13 +117,27 @@ def generate(
     \b
     Examples:
       requant generate out/demo --prompt "A list is" --max-new-tokens 30
+      requant generate out/demo --prompt "A list is" --placement auto --stats
     """
     from pipeline.checkpoint.sums import check_sums
     from pipeline.hybrid.generate import stream_text
+    from pipeline.report.tables import show, stats_tables
     from pipeline.threads import use_threads
 
     if verify and (problems := check_sums(model)):
         raise CheckpointError(f"{model}: {problems[0]}; `requant verify` tells all that is wrong")
     use_threads()
-    rate = stream_text(model, prompt, max_new_tokens, device_memory, sys.stdout, placement)
-    typer.echo(f"\n{rate:.1f} tokens/s", err=True)
+    made = stream_text(
+        model,
+        prompt,
+        max_new_tokens,
+        device_memory,
+        sys.stdout,
+        placement,
+        announce=announce,
+        count_use=stats,
+    )
+    typer.echo(f"\n{made.decode_rate:.1f} tokens/s", err=True)
+    if stats:
+        for table in stats_tables(made):
+            show(table, err=True)

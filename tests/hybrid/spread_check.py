@@ -96,8 +96,9 @@ def with_random_roads(out: Path) -> None:
     chosen = loader.choose
 
     def anywhere(*args):
-        table = chosen(*args)
-        return {layer: random.choices(ROADS, k=len(roads)) for layer, roads in table.items()}
+        table, remarks = chosen(*args)
+        anyhow = {layer: random.choices(ROADS, k=len(roads)) for layer, roads in table.items()}
+        return anyhow, remarks
 
     loader.choose = anywhere
     parts = "resident:0.3,zero-copy:0.4,cpu:0.3"

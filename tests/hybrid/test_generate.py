@@ -27,7 +27,8 @@ def directory(tmp_path_factory):
 def test_text_is_the_dense_models(directory):
     """The same opening: bfloat16 may part ways later."""
     out = io.StringIO()
-    rate = stream_text(directory, PROMPT, 12, "1GiB", out)
+    said: list[str] = []
+    made = stream_text(directory, PROMPT, 12, "1GiB", out, announce=said.append)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     plain = dequantised(directory, torch.float32).generate(
@@ -35,7 +36,11 @@ def test_text_is_the_dense_models(directory):
     )
     want = tokenizer.decode(plain[0, ids.shape[1] : ids.shape[1] + 3], skip_special_tokens=True)
     assert out.getvalue().startswith(want) and len(out.getvalue()) > len(want)
-    assert rate > 0
+    assert made.decode_rate > 0 and made.prefill_rate > 0
+    assert (made.prompt_tokens, made.new_tokens) == (ids.shape[1], 12)
+    assert made.decode_use == {}  # was not asked for
+    assert said == made.placement["remarks"]
+    assert len(said) == (not torch.cuda.is_available())
 
 
 def test_refusals(directory, tmp_path):

@@ -140,7 +140,7 @@ def test_foreign_scales_are_told_once(damaged, caplog):
         if name.endswith(".scales"):
             tensors[name] = (tensor.float() * (1 + torch.rand_like(tensor.float()) / 50)).half()
     save_file(tensors, damaged / LAYER)
-    loader._tell_no_gpu.cache_clear()  # other tests have loaded models before
+    loader._tell.cache_clear()  # other tests have loaded models before
     with caplog.at_level(logging.WARNING, "pipeline.hybrid"):
         hybrid.load(damaged)
         hybrid.load(damaged)

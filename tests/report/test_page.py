@@ -118,6 +118,32 @@ def test_pictures_have_words(page):
     assert not re.search(r"#0[0-9]0[0-9]0[0-9]\b", page)  # every colour has become a variable
 
 
+def test_roads(model):
+    """A model that was spread: each road with its size and calls, each layer below."""
+    change(
+        model,
+        placement={
+            "request": "auto",
+            "device": "cuda:0",
+            "bytes": {"experts": 7 << 20, "quantized_linears": 0, "dense": 3 << 20},
+            "expert_bytes": {"resident": 2 << 20, "zero-copy": 1 << 20, "cpu": 4 << 20},
+            "experts": {"0": "zero-copy", "1": {"resident": 3, "cpu": 5}},
+            "use": {"0": {"zero-copy": 1.0}, "1": {"resident": 0.75, "cpu": 0.25}},
+            "device_memory_limit": 10 << 30,
+        },
+    )
+    text = Outline(model_page(read_record(model))).text
+    text = text.replace("\N{NO-BREAK SPACE}", " ")
+    for words in (
+        "may use 10.0 GiB for it; experts were placed as auto says",
+        "experts: zero-copyRAM, read by the GPU over PCIe1.0 MiB50.00 %",
+        "Experts of each layer",
+        "37.50 %",  # of all calls, resident
+        "75.00 %",
+    ):
+        assert words in text, words
+
+
 def test_failed(model):
     change(model, passed=False, failures=["kl_divergence 2 is above 1"], thresholds={})
     text = Outline(model_page(read_record(model))).text

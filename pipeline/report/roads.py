@@ -1,0 +1,57 @@
+"""Where experts were and which roads their calls took, as rows of text for any kind of table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.progress import size
+from pipeline.report.words import percent
+
+PLACES = {
+    "resident": "GPU memory",
+    "zero-copy": "RAM, read by the GPU over PCIe",
+    "cpu": "RAM, computed by the CPU",
+}
+"""Road -> where its experts are."""
+
+Use = Mapping[str, Mapping[str, float]]
+"""Layer -> road -> its part of the layer's calls."""
+
+
+def by_road(nbytes: Mapping[str, int], use: Use) -> list[list[str]]:
+    """Road, place, size, and part of all calls (layers weigh alike; empty when not counted)."""
+    return [
+        [road, place, size(nbytes[road]), percent(_mean(use, road)) if use else ""]
+        for road, place in PLACES.items()
+        if nbytes.get(road)
+    ]
+
+
+def by_layer(
+    experts: Mapping[str, str | Mapping[str, int]], phases: Mapping[str, Use]
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: each layer's experts by road, and the part of its calls in every phase.
+
+    experts: layer -> the road of all of them, or road -> how many, as in `hybrid_placement`.
+    Roads that no layer has are left out.
+    """
+    held = {k: {v: "all"} if isinstance(v, str) else _words(v) for k, v in experts.items()}
+    roads = [road for road in PLACES if any(road in here for here in held.values())]
+    head = ["layer", *roads]
+    head += [f"{name}: {road}" for name in phases for road in roads]
+    rows = []
+    for layer, here in held.items():
+        row = [layer, *(here.get(road, "") for road in roads)]
+        for use in phases.values():
+            parts = use.get(layer)
+            row += [percent(parts.get(road, 0.0)) if parts else "" for road in roads]
+        rows.append(row)
+    return head, rows
+
+
+def _words(counts: Mapping[str, int]) -> dict[str, str]:
+    return {road: str(number) for road, number in counts.items()}
+
+
+def _mean(use: Use, road: str) -> float:
+    return sum(parts.get(road, 0.0) for parts in use.values()) / len(use)
