@@ -35,6 +35,7 @@ from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.side_files import side_files
 from pipeline.stages.source import check_original
+from pipeline.stages.streams import SHARE
 from pipeline.stages.texts import calibration_sources
 from pipeline.stages.validate import check_device_memory
 from pipeline.workdir import WorkDirectory
@@ -78,6 +79,8 @@ class Plan:
     device: str
     matrix_rate: float
     """Operations a second in float32 products on this machine, from a short probe."""
+    half_rate: float
+    """The same in bfloat16."""
     disk_bytes: int
     host_bytes: int
     device_bytes: int
@@ -108,9 +111,12 @@ class Plan:
         return found
 
     def job_seconds(self, job: Job) -> float:
-        """Estimate for one job: its operations at the probed rate, its bytes, and its start."""
-        moved = job.bytes_read + job.bytes_written + job.bytes_scratch
-        return job.flops / (EFFICIENCY * self.matrix_rate) + moved / BYTES_PER_SECOND + JOB_SECONDS
+        """Estimate for one job: its operations at the probed rates, its bytes, and its start."""
+        work = job.flops / self.matrix_rate + job.half_flops / self.half_rate
+        moved = job.bytes_read + job.bytes_written
+        seconds = work / EFFICIENCY + moved / BYTES_PER_SECOND + JOB_SECONDS
+        # Saved as often as this allows, not after every job.
+        return seconds + min(job.bytes_scratch / BYTES_PER_SECOND, SHARE * seconds)
 
 
 def prepare(recipe: Recipe, text: str) -> Context:
@@ -179,7 +185,8 @@ def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
     result = Plan(
         jobs=jobs,
         device=str(context.device),
-        matrix_rate=_matrix_rate(context.device),
+        matrix_rate=_matrix_rate(context.device, torch.float32),
+        half_rate=_matrix_rate(context.device, torch.bfloat16),
         disk_bytes=sum(job.bytes_written for job in jobs) + max(j.bytes_scratch for j in jobs),
         host_bytes=RUNTIME_BYTES + max(job.host_bytes for job in jobs),
         device_bytes=max(job.device_bytes for job in jobs),
@@ -285,14 +292,14 @@ def _check_groups(
             )
 
 
-def _matrix_rate(device: torch.device) -> float:
-    """Operations a second in float32 products, from a probe of some 0.3 s.
+def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second in products of a type, from a probe of some 0.3 s.
 
-    Statistics and solving are such products and take most of the time.  The best of several tries
-    counts, as whatever else the machine does only slows them.
+    Such products take most of the time.  The best of several tries counts, as whatever else the
+    machine does only slows them.
     """
-    n = 1024
-    a = torch.randn(n, n, device=device)
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
     (a @ a).sum().item()
     best = float("inf")
     deadline = time.perf_counter() + 0.3

@@ -160,7 +160,7 @@ def test_80b_in_too_little_memory(large, roomy, monkeypatch):
 
 
 def test_80b_on_too_small_a_gpu(large, roomy, monkeypatch):
-    monkeypatch.setattr("pipeline.plan._matrix_rate", lambda _device: 1e12)  # asks the device
+    monkeypatch.setattr("pipeline.plan._matrix_rate", lambda *_: 1e12)  # asks the device
     limits = large.recipe.limits.model_copy(update={"device_memory": 6 * GIB})
     recipe = large.recipe.model_copy(update={"limits": limits})
     context = dataclasses.replace(large, device=torch.device("cuda"), recipe=recipe)
@@ -269,3 +269,14 @@ def test_table(project, monkeypatch, capsys):
     for word in ("plan for", "dequantize", "requantize", "shard", "validate", "needs", "MiB disk"):
         assert word in out
     assert not project.output.exists() and not project.partial.exists()
+
+
+@pytest.mark.parametrize("less", [{"refinement_passes": 0}, {"error_correction": False}])
+def test_all_that_the_solver_does_counts(project, less):
+    def operations():
+        jobs = STAGES["requantize"].jobs(prepare(project.recipe, project.text))
+        return sum(job.flops for job in jobs)
+
+    before = operations()
+    project.change(requantize=less)
+    assert 0 < operations() < before

@@ -33,6 +33,9 @@ class Job:
     bytes_scratch: int = 0
     """Temporary files that are gone when the next job is done."""
     flops: float = 0.0
+    """Operations in float32 products."""
+    half_flops: float = 0.0
+    """Operations in bfloat16 products."""
     host_bytes: int = 0
     """Peak anonymous host memory, estimated."""
     device_bytes: int = 0

@@ -50,6 +50,7 @@ def jobs(context: Context) -> list[Job]:
     streams = 2 * tokens * geometry.hidden
     by_layer, outer = _source_bytes(context)
     placement = place(context)
+    on_gpu = context.device.type == "cuda"
     listed = []
     for layer in range(geometry.layers):
         sparse = layer in geometry.moe_layers
@@ -58,10 +59,13 @@ def jobs(context: Context) -> list[Job]:
         active = dense_elements
         active += geometry.top_k * 3 * geometry.hidden * geometry.inner if sparse else 0
         passes = 2 if quantizer.folds else 1  # of the calibration text, besides its last
-        flops = 2.0 * active * (passes * calibration + tokens)
+        exact, half = 0.0, 2.0 * active * (passes * calibration + tokens)
         read = by_layer[layer].nbytes
         if sparse:
-            flops += _solve_flops(context, calibration)
+            solved, summed = _solve_flops(context, calibration)
+            exact += solved
+            # On a GPU the sums over tokens are products of bfloat16, elsewhere of float32.
+            half, exact = (half + summed, exact) if on_gpu else (half, exact + summed)
             read *= 2 if quantizer.folds else 1  # the experts once more, for the search
         listed.append(
             Job(
@@ -72,7 +76,8 @@ def jobs(context: Context) -> list[Job]:
                 bytes_read=read,
                 bytes_written=experts + 2 * dense_elements,
                 bytes_scratch=2 * streams,  # those saved before are deleted last
-                flops=flops,
+                flops=exact,
+                half_flops=half,
                 host_bytes=placement.host_bytes,
                 device_bytes=placement.device_bytes,
                 layer=layer,
@@ -87,7 +92,7 @@ def jobs(context: Context) -> list[Job]:
             outputs=(dense_file(None), REFERENCE_FILE),
             bytes_read=outer.nbytes,
             bytes_written=2 * outer.dense_elements + 150 * evaluation,
-            flops=2.0 * evaluation * geometry.hidden * geometry.vocabulary,
+            half_flops=2.0 * evaluation * geometry.hidden * geometry.vocabulary,
             host_bytes=4 * outer.dense_elements + streams + logits,
         )
     )
@@ -116,7 +121,7 @@ def _original_job(context: Context, original: Checkpoint, evaluation: int, logit
         outputs=(ORIGINAL_FILE,),
         bytes_read=sum(weight.nbytes for weight in original.weights.values()),
         bytes_written=150 * evaluation,
-        flops=2.0 * evaluation * active,
+        half_flops=2.0 * evaluation * active,
         host_bytes=peak if on_cpu else tile,
         device_bytes=0 if on_cpu else peak,
     )
@@ -157,18 +162,31 @@ def _packed_expert_bytes(context: Context) -> int:
     return 2 * wide + written.packed_bytes(scheme, geometry.hidden, geometry.inner)
 
 
-def _solve_flops(context: Context, calibration: int) -> float:
-    """Hessians, searches, factorisations and column updates of a layer's experts."""
-    quantizer = QUANTIZERS[context.recipe.requantize.method]
+def _solve_flops(context: Context, calibration: int) -> tuple[float, float]:
+    """Operations for a layer's experts: of all else, and of the sums over tokens.
+
+    The sums are Hessians and drift.  All else is searches, factorisations, the correction, and what
+    the quantiser does with every weight and a Hessian, in units of a product of the two.
+    """
+    recipe = context.recipe.requantize
+    quantizer = QUANTIZERS[recipe.method]
     if not quantizer.needs_hessian:
-        return 0.0
+        return 0.0, 0.0
     g = context.geometry
     pairs = calibration * g.top_k
-    hessians = 2.0 * pairs * (g.hidden**2 + g.inner**2)
+    sums = hessians = 2.0 * pairs * (g.hidden**2 + g.inner**2)
     search = 0.0
     if quantizer.folds:
         rows = min(2 * g.inner, SEARCH_ROWS) * g.hidden**2 + min(g.hidden, SEARCH_ROWS) * g.inner**2
-        search = g.experts * len(EXPONENTS) * 2.0 * rows + hessians  # which are summed twice
-    factors = g.experts * 2.0 * (g.hidden**3 + g.inner**3)
-    updates = g.experts * 2.0 * (2 * g.inner * g.hidden**2 + g.hidden * g.inner**2)
-    return hessians + search + factors + updates
+        search = g.experts * len(EXPONENTS) * 2.0 * rows
+        sums += hessians  # once more
+    product = g.experts * 2.0 * (2 * g.inner * g.hidden**2 + g.hidden * g.inner**2)
+    factor = g.experts * (g.hidden**3 + g.inner**3) / 3
+    products, factors = 2.5, 1  # half a one for the column loop, one for each of two losses
+    if recipe.refinement_passes:
+        products += 2 * recipe.refinement_passes - 1  # a descent each, scales between two
+    if recipe.error_correction:
+        products += 2  # the drift's, and two halves for the triangular solves
+        factors += 1
+        sums += hessians
+    return search + products * product + factors * factor, sums
