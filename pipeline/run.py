@@ -17,7 +17,7 @@ from pipeline import __version__
 from pipeline.checkpoint.untrusted import expanded
 from pipeline.code import code_digest
 from pipeline.device_errors import device_errors, limited
-from pipeline.errors import CheckpointError, DeviceFull, OutputError, RecipeError
+from pipeline.errors import CheckpointError, DeviceFull, NumericalError, OutputError, RecipeError
 from pipeline.evaluate.speed import reset_peaks
 from pipeline.hub.fetch import download
 from pipeline.plan import NOTHING, Plan, Standing, plan, prepare
@@ -83,7 +83,13 @@ def run(
         whole = plan(context, todo)
         context.estimates = whole.estimates
         if any(name in BUILDING for name in todo):
-            _execute_building(context, whole, wanted, todo, quiet, announce)
+            try:
+                _execute_building(context, whole, wanted, todo, quiet, announce)
+            except (CheckpointError, NumericalError):
+                # A bad source, found before anything was made of it: there is nothing to resume.
+                if context.work.begun and not any(m.outputs for m in context.work.markers()):
+                    context.work.clear()
+                raise
         for name in todo:
             report = existing_report(context.output) if name == "publish" else None
             if report is not None and not report["passed"]:
