@@ -6,7 +6,8 @@ import gc
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -83,13 +84,7 @@ def run(
         whole = plan(context, todo)
         context.estimates = whole.estimates
         if any(name in BUILDING for name in todo):
-            try:
-                _execute_building(context, whole, wanted, todo, quiet, announce)
-            except (CheckpointError, NumericalError):
-                # A bad source, found before anything was made of it: there is nothing to resume.
-                if context.work.begun and not any(m.outputs for m in context.work.markers()):
-                    context.work.clear()
-                raise
+            _execute_building(context, whole, wanted, todo, quiet, announce)
         for name in todo:
             report = existing_report(context.output) if name == "publish" else None
             if report is not None and not report["passed"]:
@@ -278,7 +273,7 @@ def _execute_building(
     if resumed:
         announce(f"resuming: {resumed} of {len(jobs)} units are done")
     seconds = sum(whole.job_seconds(job) for job in jobs)
-    with Reporter(seconds, quiet) as reporter, limited(context):
+    with _leaving_nothing(context), Reporter(seconds, quiet) as reporter, limited(context):
         context.progress = reporter.detail
         for name in todo:
             if name in BUILDING:
@@ -306,6 +301,17 @@ def _fits(context: Context, whole: Plan, name: str, done: set[str], reporter: Re
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
     return False
+
+
+@contextmanager
+def _leaving_nothing(context: Context) -> Iterator[None]:
+    """Deletes the work of a source found bad before anything was made that could be resumed."""
+    try:
+        yield
+    except (CheckpointError, NumericalError):
+        if not any(marker.outputs for marker in context.work.markers()):
+            context.work.clear()
+        raise
 
 
 def _run_stage(

@@ -101,8 +101,14 @@ BEFORE = {
     "index names a text": (_index(SECOND, "notes.txt"), ["notes.txt", "not a safetensors file"]),
     "no config": (lambda s: (s / CONFIG).unlink(), [CONFIG, "download"]),
     "config not JSON": (lambda s: (s / CONFIG).write_text("x"), [CONFIG, "not JSON"]),
-    "other architecture": (_config(model_type="mixtral"), ["'mixtral'", "known: qwen3_next"]),
-    "no architecture": (_config(model_type=None), ["model_type None", "known: qwen3_next"]),
+    "other architecture": (
+        _config(model_type="mixtral"),
+        ["'mixtral'", "known: qwen3_moe, qwen3_next"],
+    ),
+    "no architecture": (
+        _config(model_type=None),
+        ["model_type None", "known: qwen3_moe, qwen3_next"],
+    ),
     "config lacks a size": (
         lambda s: edit_json(s / CONFIG, lambda c: c.pop("num_experts")),
         ["'num_experts' is missing"],

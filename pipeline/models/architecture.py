@@ -129,7 +129,7 @@ def sparse_geometry(config: Mapping[str, Any], layer_kinds: Sequence[str]) -> Ge
     layers = int(config["num_hidden_layers"])
     step = int(config.get("decoder_sparse_step", 1))
     dense = set(config.get("mlp_only_layers") or ())
-    experts = "num_local_experts" if "num_experts" not in config else "num_experts"
+    experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
     return Geometry(
         layers=layers,
         moe_layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0),
