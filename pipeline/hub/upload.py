@@ -8,6 +8,7 @@ gives for this commit is compared with what is on disk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from pipeline.hub.client import Announce, attempt, connect, explained
 
 OURS = "conversion.json"
 """A repository with this file holds a model that was published from here."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""What a branch is never called."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".index.json")
 
 
@@ -69,6 +72,8 @@ def publish_files(
     any time.  Raises HubError.
     """
     api = connect()
+    if constants.REPOCARD_NAME in digests:
+        _check_card(api, folder / constants.REPOCARD_NAME, announce)
     head = _open_branch(api, target, announce)
     sizes = {name: (folder / name).stat().st_size for name in digests}
     before = _files(api, target.repo, head, announce)
@@ -76,8 +81,6 @@ def publish_files(
     commit = head
     if new:
         _refuse_others(target, before)
-        if constants.REPOCARD_NAME in digests:
-            _check_card(api, folder / constants.REPOCARD_NAME, announce)
         additions = _send(api, folder, digests, target, announce)
         stale = [name for name in before if name.endswith(WEIGHTS) and name not in digests]
         announce("making all of it visible")
@@ -159,6 +162,10 @@ def _head(api: HfApi, target: Target) -> str:
     try:
         sha = api.model_info(target.repo, revision=branch).sha
     except RevisionNotFoundError:
+        if COMMIT.fullmatch(branch):
+            raise HubError(
+                f"{target.repo} has no revision {branch}, which is no name for a branch; give one"
+            ) from None
         api.create_branch(target.repo, branch=branch, exist_ok=True)
         sha = api.model_info(target.repo, revision=branch).sha
     if sha is None or branch == sha:
@@ -185,7 +192,10 @@ def _refuse_others(target: Target, before: Mapping[str, RepoFile]) -> None:
 
 
 def _check_card(api: HfApi, card: Path, announce: Announce) -> None:
-    """HubError for metadata that the Hub would refuse at the commit, when all has been sent."""
+    """HubError, before a repository is made or a byte sent, for metadata that the Hub refuses.
+
+    The client asks only when it commits.
+    """
     what = "checking the card"
 
     def step() -> None:

@@ -236,6 +236,13 @@ def test_a_token_in_a_file_is_not_published(cli, hub, model):
     assert not hub.requests
 
 
+def test_a_card_that_the_hub_refuses(cli, hub, model):
+    answer = cli("publish", model, "--repo", REPO, "--license", "my-own-2.0")
+    _refused(answer, '"license" must be one of', "README.md", "--license")
+    assert ("model", REPO) not in hub.store.repos  # neither made nor sent to
+    assert cli("publish", model, *SAID).code == 0
+
+
 def test_refused_by_the_hub(cli, hub, model, monkeypatch):
     hub.store.seed("acme/texts", {"a.txt": b"x"}, kind="dataset")
     words = ["--license", "apache-2.0"]
@@ -247,10 +254,8 @@ def test_refused_by_the_hub(cli, hub, model, monkeypatch):
     _refused(cli("publish", model, "--repo", "others/model", *words), "rights")
     commit = hub.store.seed("acme/empty", {})
     _refused(cli("publish", model, "--repo", "acme/empty", *words, "--revision", commit), "branch")
-    _refused(
-        cli("publish", model, "--repo", REPO, "--license", "my-own-2.0"), "license", "--license"
-    )
-    assert not hub.seen("PUT", "/put/")  # nothing is sent for a card that is refused in the end
+    unknown = ["--revision", "0" * 40]
+    _refused(cli("publish", model, "--repo", "acme/empty", *words, *unknown), "no revision 000")
     hub.store.quota = 1000
     _refused(cli("publish", model, *SAID), "storage limit")
     hub.store.quota = None
