@@ -16,13 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.hybrid import qwen3_next_step
 from pipeline.hybrid.cache import FixedCache
-from pipeline.hybrid.qwen3_next_step import Frame
 from pipeline.hybrid.residency import DECAY, Residency
-
-STEPS = {"qwen3_next": qwen3_next_step.halves}
-"""model_type -> its layers as halves; other architectures decode as transformers does it."""
+from pipeline.hybrid.steps import STEPS, Frame
 
 PREFILL_CHUNK = 4096
 """Tokens of a prompt that go through the model at once."""

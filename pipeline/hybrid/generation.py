@@ -18,8 +18,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from pipeline.hybrid.decode import STEPS, Decoder
+from pipeline.hybrid.decode import Decoder
 from pipeline.hybrid.residency import Residency
+from pipeline.hybrid.steps import STEPS
 
 MOST_SEQUENCES = 8
 """As many read their experts pair by pair; more go through the model as they did."""
@@ -34,7 +35,7 @@ def install(
 
     kernels: see `Decoder`.  A model of an architecture without decode steps is left as it is.
     """
-    if model.config.model_type not in STEPS:
+    if STEPS.get(model.config.model_type) is None:
         return
     decoding = _Decoding(model, residency, kernels)
 

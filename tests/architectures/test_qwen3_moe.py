@@ -72,8 +72,13 @@ def test_from_recipe_to_a_loaded_model(moe, name, one_thread):
     state = dequantised_state(moe.output)
     with torch.inference_mode():
         wanted = plain_model(moe.output, state, torch.float32)(ids).logits
-        found = hybrid.load(moe.output, device="cpu", dtype=torch.float32)(ids).logits
+        model = hybrid.load(moe.output, device="cpu", dtype=torch.float32)
+        found = model(ids).logits
+        made = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        again = model(made).logits[:, ids.shape[1] - 1 : -1]
     assert _error(found, wanted) < 1e-4
+    chosen = again.gather(-1, made[:, ids.shape[1] :].unsqueeze(-1)).squeeze(-1)
+    assert bool((chosen > again.amax(-1) - 1e-3).all())  # each was the likeliest, step by step
     made = json.loads((moe.output / "conversion.json").read_text())["layers"]
     if name == "awq":
         folds = [sorted(layer["folds"]) for layer in made]

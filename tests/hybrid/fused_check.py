@@ -14,7 +14,7 @@ from hybrid_models import EXPERTS_ONLY, MODELS, dequantised, write_output
 from pipeline import hybrid
 from pipeline.hybrid import fused_attention, fused_linear, matvec, residency, runtime, stream
 from pipeline.hybrid.decode import Decoder
-from pipeline.hybrid.qwen3_next_step import Attention, Delta, Sparse
+from pipeline.hybrid.steps.qwen3_next import Attention, Delta, Sparse
 from pipeline.quantize.tensor import AffineScheme
 
 PARTS = "resident:0.25,zero-copy:0.5,cpu:0.25"

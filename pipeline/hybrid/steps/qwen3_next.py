@@ -11,33 +11,14 @@ with fused kernels, where weights are dense and sizes fit, and are what a GPU us
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.hybrid import fused_attention, fused_delta, fused_linear
-from pipeline.hybrid.cache import FixedCache
 from pipeline.hybrid.split import HostRoad, Pieces, SplitExperts
-
-Half = Callable[["Frame"], Generator[Callable[[], None], None, None]]
-"""Half a layer; yields what the CPU has to do in between."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What one step works on; all tensors stay where they are from step to step."""
-
-    hidden: Tensor
-    """[T, hidden], the residual stream."""
-    rotary: tuple[Tensor, Tensor]
-    """cos and sin, [T, 1, turned]."""
-    position: Tensor
-    """int64 [1]: where in the cache the token goes."""
-    begins: Tensor
-    """int64 [T]: where in the cache each sequence begins."""
-    cache: FixedCache
+from pipeline.hybrid.steps import STEPS, Frame, Half
 
 
 def halves(layer: Any, number: int, frame: Frame, *, kernels: bool) -> list[Half]:
@@ -53,6 +34,9 @@ def halves(layer: Any, number: int, frame: Frame, *, kernels: bool) -> list[Half
     if kernels and _dense(layer.mlp.shared_expert) and _plain(layer.mlp.shared_expert_gate):
         return [mixer, Sparse(layer, frame)]
     return [mixer, PlainSparse(layer)]
+
+
+STEPS.register("qwen3_next", halves)
 
 
 class PlainMixer:
