@@ -102,7 +102,7 @@ def verify(model: Model, as_json: Json = False) -> None:
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="text to continue")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 100,
     device_memory: Memory = "10GiB",
     placement: Placement = "cpu",
     stats: Annotated[

@@ -100,7 +100,14 @@ def test_another_model_of_ours_replaces_the_first(cli, hub, model):
     assert _visible(hub) == _on_disk(model)
 
 
-STEPS = ("POST /api/repos/create", "batch", "PUT /put", "POST .*/commit/", "GET .*/tree/")
+STEPS = (
+    "POST /api/validate-yaml",
+    "POST /api/repos/create",
+    "batch",
+    "PUT /put",
+    "POST .*/commit/",
+    "GET .*/tree/",
+)
 FAULTS = [(kind, where) for kind in ("status", "cut", "lost") for where in STEPS]
 
 
