@@ -324,7 +324,7 @@ def _may_mount() -> bool:
 def _small_file_systems(
     folder: Path, expected: dict[str, str], chance: random.Random
 ) -> list[Round]:
-    """Another program fills the file system at a random moment; later it makes room again."""
+    """Another program fills the file system when so many units are done; it makes room again."""
     found = []
     for number in range(6):
         made = project(folder, f"tmpfs-{number}")
@@ -332,9 +332,10 @@ def _small_file_systems(
         run = f"{sys.executable} -m pipeline run {recipe}"
         script = f"""
             mount -t tmpfs -o size=64m none {made.folder} || exit 9
-            ( sleep {chance.uniform(4, 9):.2f}; cat /dev/zero > {made.folder}/hog ) 2>/dev/null &
+            ( until [ "$(ls {made.partial}/.work/markers | wc -l)" -ge {chance.randrange(1, 5)} ]
+              do sleep 0.01; done; cat /dev/zero > {made.folder}/hog ) 2>/dev/null &
             {run}; echo "code $?" >&2
-            wait; rm {made.folder}/hog
+            kill $! 2>/dev/null; wait; rm -f {made.folder}/hog
             {run}; echo "code $?" >&2
             cp -r {made.output} {folder}/result-{number}
         """
