@@ -28,7 +28,7 @@ def _tile(
     address,
     row,
     limit,
-    byte,
+    first,
     width,
     group,
     groups,
@@ -38,19 +38,22 @@ def _tile(
     like,
     PAIRED: tl.constexpr,
     ZERO: tl.constexpr,
+    BYTES: tl.constexpr,
 ):
-    """Dequantised weights [ROWS, columns of BYTES bytes], rounded to the type of `like`."""
+    """Dequantised weights [ROWS, columns of BYTES bytes from `first`], which share a group,
+    rounded to the type of `like`."""
+    byte = first + tl.arange(0, BYTES)
     per: tl.constexpr = 2 if PAIRED else 1
     codes = tl.multiple_of((address + codes_at).to(tl.pointer_type(tl.uint8)), 16)
     scales = (address + scales_at).to(tl.pointer_type(tl.float16))
     zeros = (address + zeros_at).to(tl.pointer_type(tl.uint8))
     inside = (row < limit)[:, None] & (byte < width)[None, :]
     code = tl.load(codes + row[:, None] * width + byte[None, :], mask=inside, other=0)
-    place = row[:, None] * groups + (byte * per // group)[None, :]
-    scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+    place = row * groups + first * per // group
+    scale = tl.load(scales + place, mask=row < limit, other=0.0).to(tl.float32)[:, None]
     zero = ZERO * 1.0
     if ZERO == 0:
-        zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
+        zero = tl.load(zeros + place, mask=row < limit, other=0).to(tl.float32)[:, None]
     if PAIRED:
         low = (((code & 15).to(tl.float32) - zero) * scale).to(like)
         high = (((code >> 4).to(tl.float32) - zero) * scale).to(like)
@@ -101,7 +104,6 @@ def _grouped_kernel(
     total = tl.zeros((PAIRS, ROWS), tl.float32)
     other = tl.zeros((PAIRS, ROWS), tl.float32)
     for first in range(0, width, BYTES):
-        byte = first + tl.arange(0, BYTES)
         column = first * per + tl.arange(0, BYTES * per)
         seen = mine[:, None] & (column < width * per)[None, :]
         left = tl.load(source + column[None, :], mask=seen, other=0.0)
@@ -110,7 +112,7 @@ def _grouped_kernel(
             address,
             row,
             rows,
-            byte,
+            first,
             width,
             group,
             groups,
@@ -120,6 +122,7 @@ def _grouped_kernel(
             like,
             PAIRED,
             ZERO,
+            BYTES,
         )
         if WIDEN:
             left, weight = left.to(tl.float32), weight.to(tl.float32)
@@ -129,7 +132,7 @@ def _grouped_kernel(
                 address,
                 row + rows,
                 2 * rows,
-                byte,
+                first,
                 width,
                 group,
                 groups,
@@ -139,6 +142,7 @@ def _grouped_kernel(
                 like,
                 PAIRED,
                 ZERO,
+                BYTES,
             )
             if WIDEN:
                 weight = weight.to(tl.float32)
@@ -193,6 +197,6 @@ def grouped(
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         WIDEN=_INTERPRETED,  # numpy multiplies no bfloat16
         PAIRS=groups.tile, ROWS=_ROWS,
-        BYTES=min(_BYTES, triton.next_power_of_2(part.width)),
+        BYTES=min(_BYTES, part.span),
         num_warps=4,
     )  # fmt: skip

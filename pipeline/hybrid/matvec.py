@@ -38,6 +38,7 @@ def _product(
     PAIRED: tl.constexpr,
     ZERO: tl.constexpr,
     BYTES: tl.constexpr,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """float32 [ROWS]: rows of the matrix at an address times the vector at `source`."""
@@ -45,26 +46,31 @@ def _product(
     codes = tl.multiple_of((address + codes_at).to(tl.pointer_type(tl.uint8)), 16)
     scales = (address + scales_at).to(tl.pointer_type(tl.float16))
     zeros = (address + zeros_at).to(tl.pointer_type(tl.uint8))
-    total = tl.zeros((ROWS, BYTES), tl.float32)
+    # bytes by group, so that each scale is read once: over PCIe every read counts
+    spans: tl.constexpr = BYTES // SPAN
+    lane = tl.arange(0, spans)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    total = tl.zeros((ROWS, spans, SPAN), tl.float32)
     for first in range(0, width, BYTES):
-        byte = first + tl.arange(0, BYTES)
+        byte = first + lane
         used = byte < width
-        inside = (row < rows)[:, None] & used[None, :]
-        code = tl.load(codes + row[:, None] * width + byte[None, :], mask=inside, other=0)
-        place = row[:, None] * groups + (byte * per // group)[None, :]
-        scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+        inside = (row < rows)[:, None, None] & used[None, :, :]
+        code = tl.load(codes + row[:, None, None] * width + byte[None, :, :], mask=inside, other=0)
+        number = (first + tl.arange(0, spans) * SPAN) * per // group
+        there = (row < rows)[:, None] & (number < groups)[None, :]
+        place = row[:, None] * groups + number[None, :]
+        scale = tl.load(scales + place, mask=there, other=0.0).to(tl.float32)[:, :, None]
         zero = ZERO * 1.0
         if ZERO == 0:
-            zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
-        left = tl.load(source + byte * per, mask=used, other=0.0).to(tl.float32)
+            zero = tl.load(zeros + place, mask=there, other=0).to(tl.float32)[:, :, None]
+        left = tl.load(source + byte * per, mask=used, other=0.0).to(tl.float32)[None, :, :]
         if PAIRED:
             right = tl.load(source + byte * 2 + 1, mask=used, other=0.0).to(tl.float32)
             low = (code & 15).to(tl.float32) - zero
             high = (code >> 4).to(tl.float32) - zero
-            total += scale * (low * left[None, :] + high * right[None, :])
+            total += scale * (low * left + high * right[None, :, :])
         else:
-            total += scale * (code.to(tl.float32) - zero) * left[None, :]
-    return tl.sum(total, 1)
+            total += scale * (code.to(tl.float32) - zero) * left
+    return tl.sum(tl.sum(total, 2), 1)
 
 
 @triton.jit
@@ -85,6 +91,7 @@ def _gate_up_kernel(
     ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """silu(gate) * up of one pair, ROWS of each; a pair whose address is 0 is another road's."""
     pair = tl.program_id(1)
@@ -108,6 +115,7 @@ def _gate_up_kernel(
         PAIRED,
         ZERO,
         BYTES,
+        SPAN,
         ROWS,
     )
     up = _product(
@@ -124,6 +132,7 @@ def _gate_up_kernel(
         PAIRED,
         ZERO,
         BYTES,
+        SPAN,
         ROWS,
     )
     result = gate * tl.sigmoid(gate) * up
@@ -150,6 +159,7 @@ def _down_kernel(
     ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """The weighted sum over one token's pairs, ROWS outputs of it."""
     token = tl.program_id(1)
@@ -175,6 +185,7 @@ def _down_kernel(
                 PAIRED,
                 ZERO,
                 BYTES,
+                SPAN,
                 ROWS,
             )
             total += found * tl.load(weights + pair).to(tl.float32)
@@ -191,7 +202,7 @@ def gate_up(x: Tensor, index: Tensor, table: Tensor, part: Part, out: Tensor) ->
     _gate_up_kernel[(triton.cdiv(inner, _ROWS), index.numel())](
         x, index, table, out, inner, *part.sizes, index.numel() // x.shape[0],
         PAIRED=part.paired,
-        ZERO=part.zero, ROWS=_ROWS, BYTES=_vector_bytes(part),
+        ZERO=part.zero, ROWS=_ROWS, **_spans(part),
     )  # fmt: skip
 
 
@@ -204,9 +215,11 @@ def down(x: Tensor, index: Tensor, table: Tensor, weights: Tensor, part: Part, o
     _down_kernel[(triton.cdiv(part.rows, _ROWS), out.shape[0])](
         x, index, table, weights, out, part.rows, *part.sizes, index.numel() // out.shape[0],
         PAIRED=part.paired,
-        ZERO=part.zero, ROWS=_ROWS, BYTES=_vector_bytes(part),
+        ZERO=part.zero, ROWS=_ROWS, **_spans(part),
     )  # fmt: skip
 
 
-def _vector_bytes(part: Part) -> int:
-    return min(_BYTES, int(triton.next_power_of_2(part.width)))
+def _spans(part: Part) -> dict[str, int]:
+    """Bytes of a row read at a time, and of those how many at least share a scale."""
+    at_once = min(_BYTES, int(triton.next_power_of_2(part.width)))
+    return {"BYTES": at_once, "SPAN": min(part.span, at_once)}

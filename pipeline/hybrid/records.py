@@ -61,6 +61,12 @@ class Part:
         return self.columns // self.group
 
     @property
+    def span(self) -> int:
+        """Bytes of codes, a power of two, that always share a scale from any multiple of it on."""
+        held = self.group // 2 if self.paired else self.group
+        return held & -held
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """What kernels take: width, group, groups, and the offsets of scales, zeros and codes."""
         return self.width, self.group, self.groups, self.scales, self.zeros, self.codes
@@ -127,8 +133,8 @@ class Records:
 
 
 def packable(scheme: AffineScheme, columns: int) -> bool:
-    """Whether a byte's codes always share a group, as the kernels take for granted."""
-    return scheme.bits > 4 or scheme.group(columns) % 2 == 0
+    """Whether groups are multiples of 16 columns, as the kernels' tiles take for granted."""
+    return scheme.group(columns) % 16 == 0
 
 
 def layout_of(gate_up: QuantizedTensor, down: QuantizedTensor) -> Layout:
@@ -200,7 +206,7 @@ def _part(quantized: QuantizedTensor, start: int) -> Part:
     scheme = quantized.scheme
     rows, columns = quantized.shape[-2:]
     if not packable(scheme, columns):
-        raise ValueError(f"{scheme} has groups of an odd number of columns")
+        raise ValueError(f"{scheme} has groups that are no multiple of 16 columns")
     width = columns // 2 if scheme.bits <= 4 else columns
     scales = _up(start + rows * width)
     zeros = _up(scales + 2 * rows * (columns // scheme.group(columns)))
