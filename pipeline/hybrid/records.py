@@ -19,6 +19,8 @@ from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 _ALIGN = 256
 _PAGE = 4096
+_MAPPED = 3
+"""cudaHostRegisterPortable and cudaHostRegisterMapped: kernels of any device may read it."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def host_memory(nbytes: int, *, pin: bool) -> Tensor:
     data = room[skip : skip + nbytes]
     if pin:
         cudart = torch.cuda.cudart()
-        torch.cuda.check_error(cudart.cudaHostRegister(data.data_ptr(), nbytes, 0))
+        torch.cuda.check_error(cudart.cudaHostRegister(data.data_ptr(), nbytes, _MAPPED))
         weakref.finalize(room.untyped_storage(), cudart.cudaHostUnregister, data.data_ptr())
     return data
 
