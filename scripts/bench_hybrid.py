@@ -58,6 +58,8 @@ class Figures:
 def main() -> None:
     args = _arguments()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(args.threads)
     print(time.strftime("%Y-%m-%d %H:%MZ", time.gmtime()), "commit", args.commit)
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads;", _gpu(device))
@@ -208,7 +210,7 @@ def print_table(rows: list[Figures], layers: int) -> None:
             for length, rate in figures.items():
                 scaled = rate * layers / FULL_LAYERS
                 note = "" if layers == FULL_LAYERS else f" ({scaled:,.1f} scaled to 48 layers)"
-                print(f"  {name:8s} {length:6d}: {rate:9,.1f} tok/s{note}")
+                print(f"  {name:8s} {length:6d}: {rate:9,.1f} tok/s{note}", flush=True)
         if row.split:
             print("  one step:", row.split)
 

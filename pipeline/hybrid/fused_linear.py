@@ -92,6 +92,7 @@ def _route_kernel(
     shared,
     top_k,
     NORMALISE: tl.constexpr,
+    CHOSEN: tl.constexpr,
     EXPERTS: tl.constexpr,
     SHARED: tl.constexpr,
 ):
@@ -104,21 +105,19 @@ def _route_kernel(
     score = tl.load(base + expert, mask=known, other=float("-inf")).to(tl.float32)
     score = tl.exp(score - tl.max(score, 0))
     score = tl.where(known, score / tl.sum(score, 0), -1.0)
-    kept = score
-    total = 0.0
+    place = tl.arange(0, CHOSEN)
+    values = tl.zeros((CHOSEN,), tl.float32)
+    chosen = tl.zeros((CHOSEN,), tl.int32)
     for number in range(top_k):
-        best = tl.argmax(kept, 0)
-        total += tl.max(kept, 0)
-        tl.store(index + token * top_k + number, best.to(tl.int64))
-        kept = tl.where(expert == best, -1.0, kept)
-    kept = score
-    for number in range(top_k):
-        best = tl.argmax(kept, 0)
-        value = tl.max(kept, 0)
-        if NORMALISE:
-            value = value / total
-        tl.store(weights + token * top_k + number, value.to(like))
-        kept = tl.where(expert == best, -1.0, kept)
+        most, best = tl.max(score, 0, return_indices=True)
+        values = tl.where(place == number, most, values)
+        chosen = tl.where(place == number, best, chosen)
+        score = tl.where(expert == best, -1.0, score)
+    if NORMALISE:
+        values = values / tl.sum(values, 0)
+    mine = place < top_k
+    tl.store(index + token * top_k + place, chosen.to(tl.int64), mask=mine)
+    tl.store(weights + token * top_k + place, values.to(like), mask=mine)
     column = tl.arange(0, SHARED)
     used = column < shared
     x = tl.load(base + experts + column, mask=used, other=0.0).to(tl.float32)
@@ -198,7 +197,8 @@ def route(
     experts = logits.shape[1] - 2 * shared - 1
     _route_kernel[(logits.shape[0],)](
         logits, index, weights, inner, gate, experts, shared, index.shape[1],
-        NORMALISE=normalise, EXPERTS=triton.next_power_of_2(experts),
+        NORMALISE=normalise, CHOSEN=triton.next_power_of_2(index.shape[1]),
+        EXPERTS=triton.next_power_of_2(experts),
         SHARED=triton.next_power_of_2(shared),
     )  # fmt: skip
 

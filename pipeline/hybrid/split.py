@@ -148,7 +148,7 @@ class SplitExperts(nn.Module):
 
     def _tables(self, pairs: int) -> Iterator[Tensor]:
         """Tables that together name every expert of the device's once, in place when yielded."""
-        if self._stream is None or pairs < self.num_experts:  # most experts would come in vain
+        if self._stream is None or 2 * pairs < self.num_experts:  # most would come in vain
             yield self.table
             return
         stream, number = self._stream
