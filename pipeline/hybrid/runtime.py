@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.hybrid import delta_prefill
 from pipeline.hybrid.generation import install
 from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.split import SplitExperts
@@ -44,5 +45,9 @@ def connect(
             each = max(1, sum(map(len, begin)) // len(begin))
             residency = Residency(list(layers.values()), each, device)
             residency.begin_with(begin)
+    if model.device.type == "cuda" if kernels is None else kernels:
+        for layer in model.model.layers:
+            if hasattr(layer, "linear_attn"):
+                delta_prefill.install(layer.linear_attn)
     install(model, residency, kernels=kernels)
     return residency

@@ -14,7 +14,13 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     ("check", "part"),
-    [("spread", "products"), ("spread", "models"), ("fused", "steps"), ("fused", "moving")],
+    [
+        ("spread", "products"),
+        ("spread", "models"),
+        ("delta", "prompts"),
+        ("fused", "steps"),
+        ("fused", "moving"),
+    ],
 )
 def test_under_the_interpreter(check, part, tmp_path):
     """In a process of its own: Triton reads the variable once, when it is imported."""
