@@ -5,8 +5,9 @@
 
 Weights are random, experts packed in place (`hybrid_model.py`); kernels, roads and memory are those
 of a loaded model.  Decode is greedy, batch 1; at long contexts the cache is empty but read in full.
-torch is held to `--device-memory`, less what the CUDA context takes.  Figures of fewer layers are
-also scaled to 48, and said to be.
+A placement is a road, parts such as "resident:0.1,zero-copy:0.9", or "follow:0.1": copies of a
+tenth of the zero-copy experts, which follow use.  torch is held to `--device-memory`, less what the
+CUDA context takes.  Figures of fewer layers are also scaled to 48, and said to be.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 from pipeline.hybrid.decode import Decoder
 from pipeline.hybrid.placing import ROADS, cpu_rate
 from pipeline.hybrid.records import host_memory
+from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.runtime import connect
 from pipeline.sizes import parse_size
 
@@ -96,21 +98,27 @@ def measure(placement: str, args: argparse.Namespace, device: torch.device) -> F
     """Build the model so placed, time it, and let go of it."""
     figures = Figures(placement)
     started = time.perf_counter()
-    model = build(args.layers, args.experts, device, _shares(placement))
-    connect(model)
+    follow = placement.startswith("follow:")
+    shares: Shares = {"zero-copy": 1.0} if follow else _shares(placement)
+    model = build(args.layers, args.experts, device, shares)
+    copies = round(float(placement.partition(":")[2]) * args.experts) if follow else 0
+    residency = connect(model, {n: range(copies) for n in range(args.layers)} if follow else None)
     _wait(device)
     figures.build_seconds = time.perf_counter() - started
+    print(f"{placement}: built in {figures.build_seconds:.0f} s", flush=True)
     ids = torch.randint(5, model.config.vocab_size, (1, max(PROMPTS)), device=device)
     with torch.inference_mode():
         if "prefill" in args.steps:
             for length in args.prompts:
                 figures.prefill[length] = _prefill(model, ids[:, :length], device)
+                print(f"{placement}: prefill {length}: {figures.prefill[length]:.0f}", flush=True)
                 if args.profile and length == 4096:
                     _show("prefill", partial(_prefill_once, model, ids[:, :4096]), device)
         if "decode" in args.steps:
             for context in args.contexts:
-                decoder = at_context(model, ids[:, :64], context)
+                decoder = at_context(model, ids[:, :64], context, residency)
                 figures.decode[context] = 1 / _step_seconds(decoder, device, args.tokens)
+                print(f"{placement}: decode {context}: {figures.decode[context]:.1f}", flush=True)
                 if context == 4096 or (context == args.contexts[-1] and not figures.split):
                     figures.split = _split(decoder, device, args.profile)
                 del decoder
@@ -125,9 +133,11 @@ def measure(placement: str, args: argparse.Namespace, device: torch.device) -> F
     return figures
 
 
-def at_context(model: PreTrainedModel, ids: Tensor, context: int) -> Decoder:
+def at_context(
+    model: PreTrainedModel, ids: Tensor, context: int, residency: Residency | None
+) -> Decoder:
     """A decoder that has read a short prompt and stands at `context`."""
-    decoder = Decoder(model, 1, context + 256)
+    decoder = Decoder(model, 1, context + 256, residency=residency)
     decoder.prefill(ids)
     decoder.filled = context
     decoder._position.fill_(context)

@@ -14,6 +14,7 @@ from synthetic_geometries import MODELS
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.hybrid.backends import BACKENDS
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.placing import ROADS, Road
 from pipeline.hybrid.records import Layout, Records, host_memory, layout_of
@@ -88,6 +89,8 @@ def _fill(model: PreTrainedModel, device: torch.device) -> None:
 def _all(
     block: Records, layers: int, shares: Shares, device: torch.device
 ) -> list[SplitExperts | HybridExperts]:
+    for name in BACKENDS:
+        BACKENDS[name]  # imported at first use, which threads must not do side by side
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda number: _layer(block, number, shares, device), range(layers)))
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipeline.hybrid.records import Part
 
-_ROWS = 8
-_BYTES = 256
+_ROWS = 4
+_BYTES = 512
 
 
 @triton.jit
