@@ -138,7 +138,7 @@ def convert(args: argparse.Namespace, source: Path, output: Path) -> dict[str, A
     figures: dict[str, Any] = {}
     with HostPeak() as host:
         started = time.perf_counter()
-        times = time_layers(host, started)
+        times, peaks = time_layers(host, started)
         context = run(recipe, json.dumps(data), until="shard", quiet=False)
         figures["convert_seconds"] = time.perf_counter() - started
         print(f"converted after {figures['convert_seconds']:.1f} s", flush=True)
@@ -156,8 +156,7 @@ def convert(args: argparse.Namespace, source: Path, output: Path) -> dict[str, A
     figures["host_pinned_gib"] = host.pinned / 2**30
     figures["least_free_host_gib"] = host.free_at_least / 2**30
     if torch.cuda.is_available():
-        figures["device_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        figures["device_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        figures |= {name: nbytes / 2**30 for name, nbytes in peaks.items()}
     written = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     figures["output_gb"] = written / 1e9
     figures |= sampled_errors(context, output)
@@ -167,8 +166,9 @@ def convert(args: argparse.Namespace, source: Path, output: Path) -> dict[str, A
 def sampled_errors(context: Context, output: Path) -> dict[str, float]:
     """Relative error of one expert matrix a layer against the source, and of rounding the same.
 
-    What a method that compensates does to the weights alone is somewhat larger than what rounding
-    does, and no more than that: a wrong scale, nibble or name would make it 1 or more.
+    A wrong scale, nibble or name would make it 1 or more.  GPTQ's is somewhat larger than
+    rounding's; error correction moves weights the further, the more was lost before, and on random
+    weights that may be much: hence each layer's error is told.
     """
     architecture, recipe = context.architecture, context.recipe.requantize
     scheme = AffineScheme(recipe.bits, recipe.group_size, recipe.symmetric)
@@ -187,6 +187,7 @@ def sampled_errors(context: Context, output: Path) -> dict[str, float]:
         ):
             errors.append(float((other - source).norm() / source.norm()))
     result.close()
+    print("relative errors of sampled tensors by layer:", *(f"{error:.2f}" for error in found))
     return {
         "sampled": len(found),
         "sampled_error_mean": statistics.fmean(found),
@@ -196,18 +197,26 @@ def sampled_errors(context: Context, output: Path) -> dict[str, float]:
     }
 
 
-def time_layers(host: HostPeak, begun: float) -> list[float]:
-    """The list gets the seconds of each unit of requantize: the layers, then the reference."""
+def time_layers(host: HostPeak, begun: float) -> tuple[list[float], dict[str, int]]:
+    """The list gets the seconds of each unit of requantize: the layers, then the reference.
+
+    The other table gets the most GPU memory of all units, in bytes: in use, and reserved by torch.
+    Both count from the start of the stage.
+    """
     stage = sys.modules["pipeline.stages.requantize"].Requantize
     original = stage.run
     times: list[float] = []
+    peaks: dict[str, int] = {}
 
     def timed(self: Any, job: Any) -> None:  # noqa: ANN401
         started = time.perf_counter()
         original(self, job)
         now = time.perf_counter()
         times.append(round(now - started, 2))
-        gpu = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0
+        if torch.cuda.is_available():
+            peaks["device_gib"] = torch.cuda.max_memory_allocated()
+            peaks["device_reserved_gib"] = torch.cuda.max_memory_reserved()
+        gpu = peaks.get("device_reserved_gib", 0) / 2**30
         # Short: the lines of two whole runs are to fit into what a remote shell gives back.
         print(
             f"{job.unit} {times[-1]:.2f} s, {now - begun:.0f} s in all,"
@@ -216,7 +225,7 @@ def time_layers(host: HostPeak, begun: float) -> list[float]:
         )
 
     stage.run = timed
-    return times
+    return times, peaks
 
 
 def trace_second_layer() -> list[Any]:

@@ -39,6 +39,7 @@ for name in "$@"; do
         smoke) bench 70 --layers 2 ;;
         four) bench 150 --layers 4 ;;
         eight) bench 200 --layers 8 ;;
+        uncorrected) bench 120 --layers 4 --no-correction ;;
         rtn4) bench 60 --layers 4 --method rtn ;;
         experts) for n in 64 128; do bench 90 --layers 2 --experts "$n"; done ;;
         whole) bench "${WHOLE_SECONDS:-560}" --source "$memory/whole" ;;

@@ -3,13 +3,15 @@
     python scripts/plot_full_size.py LOG... --output docs/full-size.svg
 
 Takes the lines of JSON out of one log or several; conversions with the same layers, experts and
-method count once, the last.  Needs the extra `report` (matplotlib).
+method count once, the last.  The lines that a run prints layer by layer are drawn too: seconds
+since its start, and the most memory so far.  Needs the extra `report` (matplotlib).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ SERIES = {
     "conversion": "convert_seconds",
     "end to end": "end_to_end_seconds",
 }
+LAYER = re.compile(
+    r"requantize-layer-(\d+) [\d.]+ s, (\d+) s in all, GPU ([\d.]+), host ([\d.]+) GiB"
+)
 MEMORY = {
     "GPU, reserved": "device_reserved_gib",
     "GPU, in use": "device_gib",
@@ -40,6 +45,23 @@ def runs_of(logs: Sequence[Path]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def progress_of(logs: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
+    """Of the longest run of each method, what it printed after every layer."""
+    longest: dict[str, list[dict[str, float]]] = {}
+    for log in logs:
+        lines: list[dict[str, float]] = []
+        for line in log.read_text(encoding="utf-8").splitlines():
+            if match := LAYER.match(line):
+                numbers = zip(("layers", "seconds", "GPU", "host"), match.groups(), strict=True)
+                lines.append({name: float(number) for name, number in numbers})
+                lines[-1]["layers"] += 1
+            elif line.startswith('{"layers"'):
+                method = json.loads(line)["method"]
+                longest[method] = max(longest.get(method, []), lines, key=len)
+                lines = []
+    return longest
+
+
 def draw(axes: Axes, runs: list[dict[str, Any]], by: str, keys: dict[str, str]) -> None:
     """Figures of runs against their layers or experts."""
     ordered = sorted(runs, key=lambda run: run[by])
@@ -48,8 +70,6 @@ def draw(axes: Axes, runs: list[dict[str, Any]], by: str, keys: dict[str, str]) 
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.set_xlabel(by)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
 
 
@@ -76,9 +96,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw(panels[row][1], some, by, MEMORY)
             panels[row][0].set_ylabel("seconds")
             panels[row][1].set_ylabel("GiB")
+    for method, lines in progress_of(args.logs).items():
+        layers = [line["layers"] for line in lines]
+        name = {"rtn": "rounding"}.get(method, method)
+        panels[0][0].plot(layers, [x["seconds"] for x in lines], label=f"so far, {name}")
+        for what in ("GPU", "host"):
+            panels[0][1].plot(layers, [x[what] for x in lines], label=f"{what} so far, {name}")
     if rounded:
         draw(panels[0][0], rounded, "layers", {"end to end, rounding": "end_to_end_seconds"})
     for panel in panels.flat:
+        panel.set_ylim(bottom=0)
+        panel.set_xlim(left=0)
         panel.legend(frameon=False)
     figure.savefig(args.output, metadata={"Date": None})
 
