@@ -14,10 +14,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from pipeline.hybrid.cache import held_bytes
 from pipeline.hybrid.decode import Decoder
 from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.steps import STEPS
@@ -76,8 +78,17 @@ class _Decoding:
         )
         plain = type(model_kwargs.get("past_key_values")) is DynamicCache
         single = generation_mode in _MODES and "inputs_embeds" not in model_kwargs
-        if plain and single and batch_size <= MOST_SEQUENCES:
+        fits = self._has_room(batch_size, max_cache_length)
+        if plain and single and batch_size <= MOST_SEQUENCES and fits:
             model_kwargs["past_key_values"] = self._fitting(batch_size, max_cache_length).cache
+
+    def _has_room(self, tokens: int, length: int) -> bool:
+        """Whether buffers for so much text, all of it, leave half of what is free on a GPU."""
+        if self._model.device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(self._model.device)
+        need = held_bytes(self._model.config, tokens, length, self._model.dtype)
+        return need < free // 2
 
     def _fitting(self, tokens: int, length: int) -> Decoder:
         """The last decoder if it fits, else a new one in its place; empty either way."""
