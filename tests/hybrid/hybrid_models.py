@@ -17,7 +17,7 @@ from safetensors.torch import load_file as load_torch
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.checkpoint.formats.gptq import pack
+from pipeline.checkpoint.formats import awq, gptq
 from pipeline.checkpoint.index import build_index
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.writer import write_json, write_safetensors
@@ -32,8 +32,11 @@ NONEXPERT = "model-nonexpert-00001-of-00001.safetensors"
 EXPERTS_ONLY = re.compile(r"(?!)")
 
 
-def write_output(source: Path, out: Path, scheme: AffineScheme, also=EXPERTS_ONLY) -> Path:
+def write_output(
+    source: Path, out: Path, scheme: AffineScheme, also=EXPERTS_ONLY, method="gptq"
+) -> Path:
     """Round the experts of `source`, and linear layers whose names match `also`, into `out`."""
+    pack = {"gptq": gptq.pack, "awq": awq.pack}[method]
     checkpoint = Checkpoint.open(source)
     files: dict[str, dict[str, torch.Tensor]] = {}
     stacks: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -68,6 +71,14 @@ def write_output(source: Path, out: Path, scheme: AffineScheme, also=EXPERTS_ONL
         "desc_act": False,
         "checkpoint_format": "gptq",
     }
+    if method == "awq":
+        config["quantization_config"] = {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "zero_point": True,
+        }
     write_json(out / "config.json", config)
     return out
 

@@ -1,10 +1,22 @@
 """With a GPU: experts stay in RAM, the rest is on the device, logits are those of the model."""
 
+import random
+
 import pytest
 import torch
-from hybrid_models import EVERYTHING, MODELS, dequantised, write_output
+from hybrid_models import (
+    EVERYTHING,
+    MODELS,
+    dequantised,
+    dequantised_state,
+    plain_model,
+    write_output,
+)
+from judging import FORMATS, PLACEMENTS, TRAINED, judge, passages
 
 from pipeline import hybrid
+from pipeline.hybrid import loader
+from pipeline.hybrid.placing import ROADS
 from pipeline.quantize.tensor import AffineScheme
 
 pytestmark = [
@@ -40,3 +52,25 @@ def test_device_memory_is_small(tmp_path):
     on_device = placed["dense"] + placed["quantized_linears"]
     blocks = 512 * (len(list(model.parameters())) + 5 * 12 + 8)  # the allocator's granularity
     assert on_device <= taken <= on_device + blocks
+
+
+@pytest.mark.parametrize(("method", "scheme"), FORMATS, ids=str)
+def test_trained_model_everywhere(method, scheme, tmp_path, monkeypatch):
+    """Every format on every road, and spread over all three at random."""
+    ids = passages(24, 192)
+    out = write_output(TRAINED, tmp_path, scheme, method=method)
+    state = dequantised_state(out)
+    choose = loader.choose
+    with torch.inference_mode():
+        exact = plain_model(out, state, torch.float32)(ids).logits
+        rounded = plain_model(out, state, torch.bfloat16)(ids).logits
+        for placement in PLACEMENTS:
+            if placement == "random":
+                monkeypatch.setattr(loader, "choose", lambda *a: _anywhere(*choose(*a)))
+            asked = "zero-copy" if placement == "random" else placement
+            model = hybrid.load(out, placement=asked, follow_use=False)
+            judge(model(ids.cuda()).logits.cpu(), rounded, exact, ids)
+
+
+def _anywhere(table, remarks):
+    return {k: random.choices(ROADS, k=len(roads)) for k, roads in table.items()}, remarks

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
         ("spread", "products"),
         ("spread", "models"),
         ("delta", "prompts"),
+        ("spread", "trained"),
         ("fused", "steps"),
         ("fused", "moving"),
     ],

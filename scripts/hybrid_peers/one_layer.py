@@ -1,0 +1,172 @@
+"""One layer's experts on the CPU, ours beside kt-kernel's, both reading the same GPTQ file.
+
+Each side runs in an environment of its own (`make_env.sh kt-kernel`):
+
+    .venv/bin/python scripts/hybrid_peers/one_layer.py make DIR
+    .venv/bin/python scripts/hybrid_peers/one_layer.py ours DIR --threads 2
+    .env-kt-kernel/bin/python scripts/hybrid_peers/one_layer.py kt-kernel DIR --threads 2
+
+`make` writes one layer of random experts: hidden 2048, inner 512, 4 bits symmetric in groups of
+128, 64 experts, which no cache holds.  Printed are the milliseconds of one token (top 10, others
+every time) and of a prompt, the best and the median of several, and the bytes of weights read per
+second in decoding; whoever comes second also prints how far its output is from the first one's.
+"""
+
+# Each side imports what only its environment has.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+EXPERTS, HIDDEN, INNER, TOP, GROUP = 64, 2048, 512, 10, 128
+FILE, RESULT = "model.safetensors", "result.pt"
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [T, hidden], experts int64 [T, k], weights float32 [T, k]) -> [T, hidden], as in the model."""
+
+
+def make(folder: Path) -> None:
+    """Random codes and scales in AutoGPTQ's layout, version 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for expert in range(EXPERTS):
+        for name, columns, rows in (
+            ("gate_proj", HIDDEN, INNER),
+            ("up_proj", HIDDEN, INNER),
+            ("down_proj", INNER, HIDDEN),
+        ):
+            stem = f"model.layers.0.mlp.experts.{expert}.{name}."
+            words = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), dtype=torch.int64)
+            scales = torch.rand(columns // GROUP, rows).add(0.5).mul(0.005).bfloat16().half()
+            tensors[stem + "qweight"] = words.int()
+            tensors[stem + "scales"] = scales
+            tensors[stem + "qzeros"] = torch.full(
+                (columns // GROUP, rows // 8), 0x77777777, dtype=torch.int32
+            )
+            tensors[stem + "g_idx"] = (torch.arange(columns) // GROUP).int()
+    save_file(tensors, folder / FILE)
+    config = '{"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128,'
+    (folder / "config.json").write_text(config + ' "sym": true, "desc_act": false}}\n')
+
+
+def ours(folder: Path, threads: int) -> Layer:
+    """The CPU's road of the hybrid runtime."""
+    from pipeline.checkpoint.formats.gptq import unpack
+    from pipeline.hybrid.modules import HybridExperts
+    from pipeline.hybrid.stored import stack_rows, to_matrices
+    from pipeline.quantize.tensor import AffineScheme
+
+    scheme = AffineScheme(4, GROUP, True)
+    with safe_open(folder / FILE, "pt") as file:
+
+        def read(name: str) -> Any:  # noqa: ANN401  (this repository's type, imported late)
+            stems = [f"model.layers.0.mlp.experts.{e}.{name}." for e in range(EXPERTS)]
+            parts = {
+                part: torch.stack([file.get_tensor(stem + part) for stem in stems])
+                for part in ("qweight", "qzeros", "scales")
+            }
+            return unpack(parts, scheme)
+
+        wide = to_matrices(stack_rows(read("gate_proj"), read("up_proj"), "gate"), torch.bfloat16)
+        narrow = to_matrices(read("down_proj"), torch.bfloat16)
+    return HybridExperts(wide[1], narrow[1], EXPERTS, torch.nn.functional.silu)
+
+
+def kt_kernel(folder: Path, threads: int) -> Layer:
+    """kt-kernel's experts for GPTQ, by the library itself: its Python wrapper pins memory, which
+    takes a GPU."""
+    import kt_kernel  # type: ignore[import-not-found]
+    from kt_kernel.utils import amx, loader  # type: ignore[import-not-found]
+
+    library = kt_kernel.kt_kernel_ext
+    pool = library.WorkerPoolConfig()
+    pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
+    cpu = library.CPUInfer(pool)
+    weights = loader.GPTQSafeTensorLoader(str(folder)).load_experts("model.layers.0")
+    on_gpu = torch.zeros(EXPERTS, dtype=torch.bool)
+    config = amx.MOEConfig(EXPERTS, TOP, HIDDEN, INNER, on_gpu.data_ptr())
+    config.layer_idx, config.pool, config.max_len = 0, cpu.backend_, 2048
+    for name in ("gate", "up", "down"):
+        for kind, key in (("projs", name), ("scales", f"{name}_scale")):
+            setattr(config, f"{name}_{kind}", [[tensor.data_ptr() for tensor in weights[key]]])
+    config.quant_config.bits, config.quant_config.group_size = 4, GROUP
+    config.quant_config.zero_point = False
+    kind = amx._select_gptq_int4_backend(GROUP)
+    moe, order = kind(config), torch.arange(EXPERTS)
+    cpu.submit(moe.load_weights_task(order.data_ptr()))
+    cpu.sync()
+    print(f"kt-kernel computes with {kind.__name__}")
+    kept = (weights, on_gpu, order)
+
+    def layer(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        assert kept, "the library holds addresses only"
+        output, count = torch.empty_like(x), torch.tensor([x.shape[0]], dtype=torch.int32)
+        pointers = (index.data_ptr(), weights.data_ptr(), x.data_ptr(), output.data_ptr())
+        cpu.submit(moe.forward_task(count.data_ptr(), index.shape[1], *pointers, False))
+        cpu.sync()
+        return output
+
+    return layer
+
+
+def timed(layer: Layer, tokens: int, repeats: int) -> list[float]:
+    """Milliseconds of each call, routed anew every time; the first two calls are not counted."""
+    seconds = []
+    for _ in range(repeats + 2):
+        x = torch.randn(tokens, HIDDEN).bfloat16()
+        index = torch.rand(tokens, EXPERTS).topk(TOP).indices.contiguous()
+        weights = torch.rand(tokens, TOP)
+        started = time.perf_counter()
+        layer(x, index, weights)
+        seconds.append(1e3 * (time.perf_counter() - started))
+    return sorted(seconds[2:])
+
+
+def report(side: str, layer: Layer, folder: Path, threads: int) -> None:
+    """Time it, and compare with what the other side made of the same tokens."""
+    nbytes = TOP * 3 * HIDDEN * INNER * (4 + 16 / GROUP) / 8
+    one, many = timed(layer, 1, 60), timed(layer, 512, 4)
+    rate = nbytes / one[0] / 1e6
+    print(
+        f"{side}, {threads} threads: one token {one[0]:.2f} ms best, {statistics.median(one):.2f}"
+        f" median ({rate:.1f} GB/s at best); 512 tokens {many[0]:.0f} ms"
+    )
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, HIDDEN, generator=generator).bfloat16()
+    index = torch.rand(8, EXPERTS, generator=generator).topk(TOP).indices.contiguous()
+    got = layer(x, index, torch.rand(8, TOP, generator=generator)).float()
+    other = folder / RESULT
+    if other.is_file():
+        known = torch.load(other, weights_only=True)
+        print(f"off from {known['side']} by {float((got - known['y']).norm() / got.norm()):.4f}")
+    torch.save({"side": side, "y": got}, other)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["make", "ours", "kt-kernel"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.what == "make":
+        make(args.folder)
+        return
+    build = {"ours": ours, "kt-kernel": kt_kernel}[args.what]
+    with torch.inference_mode():
+        report(args.what, build(args.folder, args.threads), args.folder, args.threads)
+
+
+if __name__ == "__main__":
+    main()
