@@ -35,10 +35,19 @@ def verify_directory(
     scales finite and of a sign that makes sense, zeros and groups in range, weights finite.  Reads
     all bytes for the sums and again what values can be judged by (packed codes cannot).  A
     directory of headers only is checked by its headers.
-    `progress` is told of each file and each batch of weights.
+    `progress` is told of each file and each batch of weights, from several threads.
     """
-    problems = check_sums(path, progress=progress) if (path / SUMS_NAME).exists() else []
-    problems += seal_problems(path)
+    with ThreadPoolExecutor(1, thread_name_prefix="sums") as beside:
+        # Digests keep other processors busy than headers do.
+        sealed = (path / SUMS_NAME).exists()
+        sums = beside.submit(check_sums, path, progress=progress) if sealed else None
+        rest = _contents(path, progress)
+        return [*(sums.result() if sums is not None else []), *rest]
+
+
+def _contents(path: Path, progress: Callable[[str], None]) -> list[Problem]:
+    """What `verify_directory` finds besides checksums."""
+    problems = seal_problems(path)
     try:
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:
