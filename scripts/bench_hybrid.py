@@ -125,6 +125,8 @@ def measure(placement: str, args: argparse.Namespace, device: torch.device) -> F
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         figures.device_gib = (total - free) / 2**30
+        reserved = torch.cuda.max_memory_reserved(device) / 2**30
+        print(f"{placement}: {reserved:.2f} GiB of it by torch at most, of all placements so far")
     figures.host_gib = psutil.Process().memory_info().rss / 2**30
     del model
     gc.collect()

@@ -177,12 +177,9 @@ class Decoder:
         """Record the pieces; a first run without graphs compiles kernels, and is undone."""
         kept = [state.clone() for state in self.cache.all_states()]
         before = self.tokens.clone(), self._position.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for host in self._pieces():
-                host()
-        torch.cuda.current_stream().wait_stream(stream)
+        # On this stream: every other one would get workspaces of its own from cuBLAS, for good.
+        for host in self._pieces():
+            host()
         for state, old in zip(self.cache.all_states(), kept, strict=True):
             state.copy_(old)
         self.tokens.copy_(before[0])

@@ -32,7 +32,11 @@ class Rates:
 
 def by_policy(layers: Mapping[int, LayerExperts], free: int, rates: Rates) -> Table:
     """The most used experts resident, as `free` bytes of GPU memory allow; the others on the two
-    roads from host memory, so that by their use both finish together."""
+    roads from host memory, so that by their use both finish together.
+
+    A CPU slower than PCIe gets none: at 24 beside 55 GB/s its part won less than handing it over
+    and waiting for it took in every layer (docs/performance.md).
+    """
     resident = fill(max(free, 0), layers)
     table: Table = {}
     for layer, experts in layers.items():
@@ -45,7 +49,8 @@ def by_policy(layers: Mapping[int, LayerExperts], free: int, rates: Rates) -> Ta
         speed = {"zero-copy": rates.pcie, "cpu": rates.cpu}
         for expert in ranked[resident[layer] :]:
             ends = {road: (load[road] + shares[expert]) / speed[road] for road in load}
-            road: Road = "zero-copy" if ends["zero-copy"] <= ends["cpu"] else "cpu"
+            sooner = ends["zero-copy"] <= ends["cpu"] or rates.cpu < rates.pcie
+            road: Road = "zero-copy" if sooner else "cpu"
             roads[expert] = road
             load[road] += shares[expert]
         table[layer] = roads

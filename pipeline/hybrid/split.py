@@ -183,8 +183,7 @@ class HostRoad(nn.Module):
         """See `SplitExperts.pieces`, where no expert is the device's."""
         desk = self.desk(x, index, weights)
         desk.bring(x, index, weights)
-        yield desk.note
-        yield desk.compute
+        yield desk.note_and_compute
         return desk.take().float()
 
     def desk(self, x: Tensor, index: Tensor, weights: Tensor) -> Desk:
@@ -217,6 +216,11 @@ class Desk:
         """To be called when the copies are queued, and nothing behind them yet."""
         if self._arrived is not None:
             self._arrived.record()
+
+    def note_and_compute(self) -> None:
+        """Both, where nothing is queued in between."""
+        self.note()
+        self.compute()
 
     def compute(self) -> None:
         """Wait for the tokens and compute; kernels that were queued since run meanwhile."""

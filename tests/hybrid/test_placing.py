@@ -54,6 +54,7 @@ def test_policy_without_memory_or_use():
     table = by_policy(layers, -5, Rates(pcie=1.0, cpu=1.0))
     assert count(table) == {"0": {"zero-copy": 5, "cpu": 5}}
     assert by_policy(layers, 10**6, Rates(1.0, 1.0)) == {0: ["resident"] * 10}
+    assert by_policy(layers, 0, Rates(pcie=1.1, cpu=1.0)) == {0: ["zero-copy"] * 10}
 
 
 def test_parts_go_by_use():
