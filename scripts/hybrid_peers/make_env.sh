@@ -1,30 +1,23 @@
 #!/bin/sh
-# Makes the environment of one peer of hybrid_peers: none of them belongs beside our own packages.
-# Usage: make_env.sh kt-kernel|llama-cpp [DIR]     (default .env-NAME; needs cmake and a C++ compiler
-#        for llama-cpp: ten minutes on two cores)
+# Makes the environment of kt-kernel for one_layer.py: it does not belong beside our own packages.
+# Usage: make_env.sh [DIR]     (default .env-kt-kernel; two minutes)
 set -eu
-name="${1:-}"
-dir="${2:-.env-$name}"
+dir="${1:-.env-kt-kernel}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-case "$name" in
-kt-kernel)
-    python3 -m venv "$dir"
-    "$dir/bin/pip" install --quiet "torch==2.13.0" "numpy"
-    # Its wheel holds a library for each kind of CPU and for CUDA, 101 MB, and pins a torch of its
-    # own.  The library that loads here is all that a CPU's experts need.
-    "$dir/bin/pip" download --quiet --no-deps --dest "$dir/wheel" "kt-kernel==0.7.2"
-    "$dir/bin/pip" install --quiet --no-deps "$dir"/wheel/*.whl
-    ;;
-llama-cpp)
-    python3 -m venv "$dir"
-    "$dir/bin/pip" install --quiet "numpy" "gguf==0.19.0"
-    # From source, for the instructions of this CPU; without servers, tests and vision.
-    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF" \
-        "$dir/bin/pip" install --quiet "llama-cpp-python==0.3.36"
-    ;;
-*)
-    echo "$0: no peer is called $name" >&2
-    exit 2
-    ;;
-esac
+python3 -m venv "$dir"
+"$dir/bin/pip" install --quiet "torch==2.13.0"
+"$dir/bin/pip" install --quiet "torch==2.13.0" "safetensors==0.8.0" "gguf==0.19.0" "numpy"
+# Its wheel (101 MB) pins a torch of its own and is mostly kernels for GPUs: the library that runs on
+# CPUs, 41 MB of builds for kinds of them, is taken out of it.
+"$dir/bin/pip" download --quiet --no-deps --dest "$dir/wheel" "kt-kernel==0.7.2"
+"$dir/bin/python" - "$dir"/wheel/*.whl <<'PYTHON'
+import sys
+import sysconfig
+import zipfile
+
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    ours = [n for n in wheel.namelist() if n.startswith(("kt_kernel/", "kt_kernel.libs/"))]
+    wheel.extractall(sysconfig.get_path("purelib"), ours)
+PYTHON
+rm -r "$dir/wheel"
 "$dir/bin/pip" freeze --quiet > "$dir/versions.txt"

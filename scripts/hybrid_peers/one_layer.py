@@ -1,6 +1,6 @@
 """One layer's experts on the CPU, ours beside kt-kernel's, both reading the same GPTQ file.
 
-Each side runs in an environment of its own (`make_env.sh kt-kernel`):
+Each side runs in an environment of its own (`make_env.sh`):
 
     .venv/bin/python scripts/hybrid_peers/one_layer.py make DIR
     .venv/bin/python scripts/hybrid_peers/one_layer.py ours DIR --threads 2
