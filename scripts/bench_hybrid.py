@@ -250,8 +250,17 @@ def _shares(placement: str) -> Shares:
     shares: Shares = {}
     for piece in placement.split(","):
         road, _, part = piece.partition(":")
-        shares[next(known for known in ROADS if known == road)] = float(part or 1)
+        shares[ROADS[ROADS.index(road)]] = float(part or 1)
     return shares
+
+
+def placement(text: str) -> str:
+    """ValueError, which argparse reports, for what is no placement."""
+    if text.startswith("follow:"):
+        float(text.removeprefix("follow:"))
+    elif abs(sum(_shares(text).values()) - 1) > 1e-6:
+        raise ValueError(text)
+    return text
 
 
 def _limit(device: torch.device, limit: int) -> None:
@@ -287,7 +296,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=FULL_LAYERS)
     parser.add_argument("--experts", type=int, default=512)
-    parser.add_argument("--placements", nargs="+", default=["zero-copy"])
+    parser.add_argument("--placements", nargs="+", type=placement, default=["zero-copy"])
     parser.add_argument(
         "--steps", nargs="+", choices=("machine", "prefill", "decode"),
         default=["machine", "prefill", "decode"],
