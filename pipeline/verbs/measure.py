@@ -104,7 +104,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text to continue")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 100,
     device_memory: Memory = "10GiB",
-    placement: Placement = "cpu",
+    placement: Placement = "auto",
     stats: Annotated[
         bool, typer.Option("--stats", help="tell where experts were and how they were reached")
     ] = False,
@@ -117,7 +117,7 @@ def generate(
     \b
     Examples:
       requant generate out/demo --prompt "A list is" --max-new-tokens 30
-      requant generate out/demo --prompt "A list is" --placement auto --stats
+      requant generate out/demo --prompt "A list is" --placement zero-copy --stats
     """
     from pipeline.checkpoint.sums import check_sums
     from pipeline.hybrid.generate import stream_text
