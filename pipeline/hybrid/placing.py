@@ -78,10 +78,14 @@ def as_copies(
     table: Table, layers: Mapping[int, LayerExperts]
 ) -> tuple[dict[int, list[int]], Table]:
     """For a resident set that follows use: layer -> resident experts, the most used first, and the
-    table of where experts are at home, all of those in pinned memory."""
+    table of where experts are at home, all of those in pinned memory.  A layer that is resident as
+    a whole has nothing to follow, and stays so."""
     copies: dict[int, list[int]] = {}
     homes: Table = {}
     for layer, roads in table.items():
+        if all(road == "resident" for road in roads):
+            homes[layer] = roads
+            continue
         ranked = _ranked(_shares(layers[layer]))
         copies[layer] = [expert for expert in ranked if roads[expert] == "resident"]
         homes[layer] = ["zero-copy" if road == "resident" else road for road in roads]

@@ -19,11 +19,19 @@ Use = Mapping[str, Mapping[str, float]]
 
 
 def by_road(nbytes: Mapping[str, int], use: Use) -> list[list[str]]:
-    """Road, place, size, and part of all calls (layers weigh alike; empty when not counted)."""
+    """Road, place, size, and part of all calls (layers weigh alike; empty when not counted).
+
+    A road without bytes of its own was taken by copies that followed use.
+    """
     return [
-        [road, place, size(nbytes[road]), percent(_mean(use, road)) if use else ""]
+        [
+            road,
+            place,
+            size(nbytes[road]) if nbytes.get(road) else "copies",
+            percent(_mean(use, road)) if use else "",
+        ]
         for road, place in PLACES.items()
-        if nbytes.get(road)
+        if nbytes.get(road) or (use and _mean(use, road))
     ]
 
 
@@ -33,10 +41,12 @@ def by_layer(
     """Head and rows: each layer's experts by road, and the part of its calls in every phase.
 
     experts: layer -> the road of all of them, or road -> how many, as in `hybrid_placement`.
-    Roads that no layer has are left out.
+    Roads that no layer has and no call took are left out.
     """
     held = {k: {v: "all"} if isinstance(v, str) else _words(v) for k, v in experts.items()}
-    roads = [road for road in PLACES if any(road in here for here in held.values())]
+    taken = [parts for use in phases.values() for parts in use.values()]
+    seen = {road for here in (*held.values(), *taken) for road in here}
+    roads = [road for road in PLACES if road in seen]
     head = ["layer", *roads]
     head += [f"{name}: {road}" for name in phases for road in roads]
     rows = []

@@ -94,6 +94,8 @@ def test_copies_have_a_home_in_pinned_memory():
     for layer, roads in table.items():
         assert homes[layer] == [r.replace("resident", "zero-copy") for r in roads]
     assert as_copies(homes, layers) == ({}, homes)
+    whole = by_request(layers, "resident")
+    assert as_copies(whole, layers) == ({}, whole), "what is resident as a whole stays so"
 
 
 def test_the_cpus_rate_is_a_rate():
