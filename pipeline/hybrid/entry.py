@@ -24,7 +24,7 @@ def from_pretrained(
     device_map: str | int | torch.device = "auto",
     max_memory: Mapping[int | str, Memory] | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    placement: str = "auto",
+    placement: str = "cpu",
     follow_use: bool = True,
 ) -> PreTrainedModel:
     """`load` in transformers' words.
@@ -63,7 +63,7 @@ def place(
     *,
     device_memory: Memory | None = None,
     device: torch.device | str | None = None,
-    placement: str = "auto",
+    placement: str = "cpu",
     follow_use: bool = True,
 ) -> PreTrainedModel:
     """Turn a model that was loaded from one of our directories, dense or hybrid, into a hybrid one

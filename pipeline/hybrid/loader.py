@@ -63,7 +63,7 @@ def load(
     host_memory: str | int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    placement: str = "auto",
+    placement: str = "cpu",
     follow_use: bool = True,
 ) -> PreTrainedModel:
     """Load a directory for inference; `generate`, `forward` and the rest work as usual.
