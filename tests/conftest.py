@@ -6,6 +6,7 @@ import string
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,15 @@ def _same_threads():
 def one_thread(_same_threads):
     """For tests that call torch themselves: several threads on a busy machine are slow."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def roomy(monkeypatch):
+    """For plans of large models: the machine has a large disk and hardly any free memory."""
+    disk = SimpleNamespace(free=1 << 50)
+    monkeypatch.setattr("pipeline.plan.shutil.disk_usage", lambda _path: disk)
+    memory = SimpleNamespace(available=1 << 29, total=1 << 30)
+    monkeypatch.setattr("pipeline.plan.psutil.virtual_memory", lambda: memory)
 
 
 @pytest.fixture

@@ -61,15 +61,6 @@ ELSEWHERE = [f"output.path=/tmp/requant-test-{id(big)}/out"]
 """An output that is not there; nothing is ever written to it."""
 
 
-@pytest.fixture
-def roomy(monkeypatch):
-    """A machine with a large disk and hardly any free memory."""
-    disk = SimpleNamespace(free=1 << 50)
-    monkeypatch.setattr("pipeline.plan.shutil.disk_usage", lambda _path: disk)
-    memory = SimpleNamespace(available=GIB // 2, total=GIB)
-    monkeypatch.setattr("pipeline.plan.psutil.virtual_memory", lambda: memory)
-
-
 def test_the_80b_recipe_is_planned_in_seconds(headers, cli, roomy):
     started = time.process_time()
     answer = cli(

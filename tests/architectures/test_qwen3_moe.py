@@ -131,7 +131,7 @@ def test_the_official_form_is_a_source_too(source, moe, tmp_path):
     assert context.geometry == geometry_of(QWEN, CONFIG, "m")
 
 
-def test_plan_of_the_true_geometry_from_headers(project, tmp_path):
+def test_plan_of_the_true_geometry_from_headers(project, tmp_path, roomy):
     """Qwen3-30B-A3B: 48 layers of 128 experts."""
     model = MODELS["qwen3-30b-a3b"]
     write_checkpoint(model, tmp_path / "headers", seed=0, headers_only=True, threads=1)
