@@ -3,11 +3,13 @@
     python scripts/make_synthetic_checkpoint.py --layers 2 --output /dev/shm/two-layers
     python scripts/make_synthetic_checkpoint.py --output /dev/shm/whole          # 48 layers, 42 GiB
     python scripts/make_synthetic_checkpoint.py --headers-only --output /tmp/plan
+    python scripts/make_synthetic_checkpoint.py --converted gptq --output /dev/shm/result
 
 Names, parts, file sizes and the order of tensors within a file are those of a bitsandbytes NF4
 upload with double quantisation; the weights are random (`synthetic_noise.py`), with scales chosen
 so that activations keep their size through all layers, and the router prefers some experts.  It
 serves to measure time and memory; its output is noise, and quality cannot be measured on it.
+`--converted` makes what a conversion of it would leave (`synthetic_converted.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from synthetic_converted import METHODS, Dense, write_converted
 from synthetic_geometries import BNB_CONFIG, MODELS, Model, Shape
 from synthetic_noise import (
     BLOCK,
@@ -289,6 +292,17 @@ def write_checkpoint(
     return total
 
 
+def outside_experts(model: Model) -> Dense:
+    """All but the routed experts, as a result holds it: nothing packed."""
+    found: dict[str, tuple[Shape, float, float]] = {}
+    for item in contents(model):
+        if isinstance(item, Plain):
+            found[item.name] = item.shape, item.mean, item.std
+        elif model.experts_module not in item.module:
+            found[f"{item.module}.weight"] = (item.rows, item.columns), 0.0, _std(item)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write one checkpoint and say how fast."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -299,7 +313,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--headers-only", action="store_true", help="enough for requant plan")
+    parser.add_argument("--converted", choices=list(METHODS), help="as a result of this method")
     args = parser.parse_args(argv)
+    if args.converted and args.headers_only:
+        parser.error("--converted makes whole files only")
     if args.output.exists():
         parser.error(f"{args.output} exists")
     try:
@@ -307,13 +324,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     started = time.perf_counter()
-    total = write_checkpoint(
-        model,
-        args.output,
-        seed=args.seed,
-        headers_only=args.headers_only,
-        threads=args.threads,
-    )
+    if args.converted:
+        total = write_converted(
+            model,
+            args.output,
+            outside_experts(model),
+            method=args.converted,
+            seed=args.seed,
+            threads=args.threads,
+            side=TOKENIZER,
+        )
+    else:
+        total = write_checkpoint(
+            model,
+            args.output,
+            seed=args.seed,
+            headers_only=args.headers_only,
+            threads=args.threads,
+        )
     seconds = time.perf_counter() - started
     rate = "" if args.headers_only else f", {total / seconds / 1e9:.2f} GB/s"
     print(f"{args.output}: {model.layers} layers of {model.experts} experts")

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from make_synthetic_checkpoint import STD, write_checkpoint
+from make_synthetic_checkpoint import STD, TOKENIZER, outside_experts, write_checkpoint
 from support.recipes import Project, digests
+from synthetic_converted import METHODS, write_converted
 from synthetic_geometries import MODELS
 
+from pipeline import hybrid
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.plan import prepare
+from pipeline.stages.verify import verify_model
 
 VOCABULARY = 3072
 
@@ -94,3 +97,31 @@ def test_names_are_those_of_the_transformers_model(name, tmp_path):
 def test_fewer_experts_than_a_token_wants():
     with pytest.raises(ValueError, match="more than 9 experts"):
         MODELS["qwen3-next-80b"].cut(1, 9)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_converted_models_are_whole_and_run(method, tmp_path, one_thread):
+    """The same bytes from any number of processes; more experts than are made at once."""
+    model = small("qwen3-next-80b", 40)
+    for threads in (1, 2):
+        write_converted(
+            model,
+            tmp_path / str(threads),
+            outside_experts(model),
+            method=method,
+            seed=3,
+            threads=threads,
+            side=TOKENIZER,
+        )
+    path = tmp_path / "1"
+    assert digests(path) == digests(tmp_path / "2")
+    assert verify_model(path) == []
+    names = [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in (0, 39)]
+    stack = Checkpoint.open(path).load_stack(names, dtype=torch.float32)
+    assert 0.8 * STD < float(stack.std()) / 2 < 1.5 * STD
+    assert not torch.equal(stack[0], stack[1])
+    loaded = hybrid.load(path, device="cpu")
+    with torch.inference_mode():
+        logits = loaded(torch.randint(5, VOCABULARY, (1, 3)), use_cache=False).logits
+    assert torch.isfinite(logits).all()
+    assert loaded.hybrid_placement["backends"]["experts"].keys() <= {"int4pack", "native"}

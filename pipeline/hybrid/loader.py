@@ -2,8 +2,7 @@
 
 The skeleton comes from the config on the meta device; then every file is read once, matrix by
 matrix, and what is read goes to its final place: dense tensors and quantised linear layers to the
-GPU if there is one, routed experts into RAM in the layout their back end multiplies by.  At no time
-is a second copy of more than one layer's experts in memory.
+GPU if there is one, routed experts (`routed.py`) where their roads want them.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +24,11 @@ from pipeline.checkpoint import Checkpoint, StoredWeight
 from pipeline.checkpoint.names import expert_of, natural
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
-from pipeline.hybrid.backends import Matrices
-from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
-from pipeline.hybrid.placing import ROADS, Table, as_copies, count
-from pipeline.hybrid.records import Records, empty, pack
+from pipeline.hybrid.modules import QuantizedLinear
+from pipeline.hybrid.placing import Table, as_copies, count
 from pipeline.hybrid.roads import check_memory, choose, kernels_fail, known_use
-from pipeline.hybrid.stored import stack_rows, to_matrices
+from pipeline.hybrid.routed import RoutedExperts
+from pipeline.hybrid.stored import to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import (
@@ -42,16 +39,9 @@ from pipeline.models.skeleton import (
     model_config,
     rotary_embedding,
 )
-from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.sizes import parse_size
 
-if TYPE_CHECKING:
-    from pipeline.hybrid.split import SplitExperts
-
 log = logging.getLogger(__name__)
-
-_AT_ONCE = 64
-"""Experts that are laid out anew at a time."""
 
 NO_GPU = "no GPU was found: the whole model runs on the CPU"
 
@@ -142,6 +132,7 @@ class _Loader:
         self._rounded: list[str] = []
         self._roads: Table = {}
         self._homes: Table = {}
+        self._experts = RoutedExperts(checkpoint, self.architecture, self.geometry, device, dtype)
         self._by_road: Counter[str] = Counter()
 
     def _sort_weights(self) -> None:
@@ -196,15 +187,11 @@ class _Loader:
 
     def _layer_experts(self) -> dict[int, LayerExperts]:
         """Size and use of each layer's experts; use is known where there is a shard map."""
-        architecture, experts = self.architecture, self.geometry.experts
+        experts = self.geometry.experts
         shares = known_use(self.checkpoint.path)
         layers = {}
         for layer in self.geometry.moe_layers:
-            size = 0
-            for projection in (architecture.gate, architecture.up, architecture.down):
-                name = architecture.expert_module(layer, 0, projection) + ".weight"
-                self._check_expert(name)
-                size += self.checkpoint.weights[name].nbytes
+            size = self._experts.nbytes(layer)
             calls = shares.get(layer)
             fits = calls is not None and len(calls) == experts
             layers[layer] = LayerExperts(experts, size, calls if fits else None)
@@ -217,8 +204,12 @@ class _Loader:
         for weight in self.linears:
             self._fill_linear(weight)
         self._fill_dense()
-        for layer in self.geometry.moe_layers:
-            self._fill_experts(layer)
+        for filled in self._experts.fill(self._homes):
+            self._by_road.update(filled.by_road)
+            self._backends["experts"].update(filled.backends)
+            self._rounded += filled.rounded
+            self._bytes["experts"] += filled.module.nbytes
+            self._place(self._experts_name(filled.layer), filled.module)
         if self._rounded:
             _tell_rounded(str(self.checkpoint.path), len(self._rounded), self._rounded[0])
         path = self.checkpoint.path
@@ -253,10 +244,15 @@ class _Loader:
         old = self.model.get_submodule(module)
         assert isinstance(old, nn.Linear), f"{module} was sorted as a linear layer"
         rows, columns = old.out_features, old.in_features
-        self._check_shape(weight.name, (rows, columns))
-        matrix = self._pack(
-            "linears", module, self.checkpoint.load_quantized([weight.name], self.device)
-        )
+        if weight.shape != (rows, columns):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {weight.name} is {list(weight.shape or ())}, "
+                f"config.json asks for {[rows, columns]}"
+            )
+        quantized = self.checkpoint.load_quantized([weight.name], self.device)
+        backend, matrix = to_matrices(quantized, self.dtype)
+        self._backends["linears"][backend] += 1
+        self._rounded += [module] if matrix.rounded_scales else []
         self._bytes["quantized_linears"] += matrix.nbytes
         # the bias, if any, stays on meta here and comes with the dense tensors
         self._place(module, QuantizedLinear(matrix, rows, columns, old.bias))
@@ -273,116 +269,6 @@ class _Loader:
             self.model.tie_weights()
         rotary = rotary_embedding(self.model, self.device)
         self.model.model.rotary_emb = rotary
-
-    def _fill_experts(self, layer: int) -> None:
-        """Read a layer's experts and give each into one road's keeping."""
-        name, roads = self._experts_name(layer), self._homes[layer]
-        members = {road: [i for i, its in enumerate(roads) if its == road] for road in ROADS}
-        cpu = None
-        if mine := members["cpu"]:
-            wide, narrow = (self._pack("experts", name, q) for q in self._read(layer, mine, "cpu"))
-            cpu = mine, HybridExperts(wide, narrow, len(mine), self.architecture.activation)
-        if cpu is not None and len(mine) == len(roads):
-            module: HybridExperts | SplitExperts = cpu[1]
-            self._by_road["cpu"] += module.nbytes
-        else:
-            split = importlib.import_module("pipeline.hybrid.split")  # imports Triton
-            on_device = {}
-            for road in ("resident", "zero-copy"):
-                if members[road]:
-                    records = self._records(layer, members[road], road)
-                    on_device[road] = split.DeviceRoad(members[road], records)
-                    self._backends["experts"]["triton"] += 2
-            mixed: SplitExperts = split.SplitExperts(
-                on_device, cpu, len(roads), self.architecture.activation, self.device
-            )
-            self._by_road.update(mixed.bytes_by_road())
-            module = mixed
-        self._bytes["experts"] += module.nbytes
-        self._place(name, module)
-
-    def _read(
-        self, layer: int, experts: Sequence[int], device: torch.device | str
-    ) -> tuple[QuantizedTensor, QuantizedTensor]:
-        """Gate and up as one, and down, of some of a layer's experts, each as one batch."""
-        architecture, geometry = self.architecture, self.geometry
-
-        def read(projection: str, shape: tuple[int, int]) -> QuantizedTensor:
-            modules = (architecture.expert_module(layer, e, projection) for e in experts)
-            names = [f"{module}.weight" for module in modules]
-            self._check_expert(names[0])
-            self._check_shape(names[0], shape)
-            return self.checkpoint.load_quantized(names, device)
-
-        wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
-        first, second = read(architecture.gate, wide), read(architecture.up, wide)
-        gate_up = stack_rows(first, second, self._experts_name(layer))
-        return gate_up, read(architecture.down, narrow)
-
-    def _records(self, layer: int, experts: list[int], road: str) -> Records:
-        """Some of a layer's experts where `road` wants them, laid out anew on the device, which is
-        quick there, some at a time, which takes little of its memory."""
-        pin = self.device.type == "cuda" and road == "zero-copy"
-        records: Records | None = None
-        for first in range(0, len(experts), _AT_ONCE):
-            read = self._read(layer, experts[first : first + _AT_ONCE], self.device)
-            some = pack(*(self._as_configured(quantized, layer) for quantized in read))
-            if records is None:
-                try:
-                    where = self.device if road == "resident" else torch.device("cpu")
-                    records = empty(some.layout, len(experts), where, pin=pin)
-                except RuntimeError as error:
-                    raise ResourceError(self._no_memory(road)) from error
-            records.data[first : first + some.count].copy_(some.data)
-        assert records is not None, "a road without experts has no records"
-        return records
-
-    def _as_configured(self, quantized: QuantizedTensor, layer: int) -> QuantizedTensor:
-        """Symmetric where config.json says so, and only there, so that all records are alike."""
-        scheme = quantized.scheme
-        configured = (self.checkpoint.config.get("quantization_config") or {}).get("sym") is True
-        if configured and not scheme.symmetric:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: zeros of experts of layer {layer} are not all in the "
-                "middle, config.json says sym: true"
-            )
-        same = AffineScheme(scheme.bits, scheme.group_size, configured)
-        return QuantizedTensor(same, quantized.arrays)
-
-    def _no_memory(self, road: str) -> str:
-        held = f"{self._bytes['experts'] / 2**30:.2f} GiB of experts"
-        if road == "resident":
-            where = f"{self.checkpoint.path}: no room on {self.device}"
-            return f"{where} behind {held}: make fewer resident"
-        return (
-            f"{self.checkpoint.path}: no more RAM can be pinned behind {held}: "
-            "raise the limit of locked memory (ulimit -l), or use placement cpu"
-        )
-
-    def _pack(self, kind: str, name: str, quantized: QuantizedTensor) -> Matrices:
-        backend, matrices = to_matrices(quantized, self.dtype)
-        self._backends[kind][backend] += 1
-        if matrices.rounded_scales:
-            self._rounded.append(name)
-        return matrices
-
-    def _check_expert(self, name: str) -> None:
-        weight = self.checkpoint.weights.get(name)
-        if weight is None:
-            raise CheckpointError(f"{self.checkpoint.path}: has no tensor {name}")
-        if not self.checkpoint.is_packed(name):
-            raise CheckpointError(
-                f"{self.checkpoint.path}: experts are stored as {weight.format}, "
-                "which the hybrid runtime cannot multiply by: requantise the model first"
-            )
-
-    def _check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        found = self.checkpoint.weights[name].shape
-        if found != shape:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {name} is {list(found or ())}, "
-                f"config.json asks for {list(shape)}"
-            )
 
     def _experts_name(self, layer: int) -> str:
         return self.architecture.layer_prefix(layer) + self.architecture.experts

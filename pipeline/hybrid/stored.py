@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.errors import CheckpointError
 from pipeline.hybrid.backends import Matrices, choose
-from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+from pipeline.quantize.tensor import QuantizedTensor
 
 
-def stack_rows(first: QuantizedTensor, second: QuantizedTensor, where: str) -> QuantizedTensor:
-    """Rows of `first` above rows of `second`, matrix by matrix; `where` names them in errors."""
-    a, b = first.scheme, second.scheme
-    if (a.bits, a.group_size) != (b.bits, b.group_size):
-        raise CheckpointError(f"{where}: gate and up differ in bits or group size")
-    arrays = {k: torch.cat([v, second.arrays[k]], dim=-2) for k, v in first.arrays.items()}
-    return QuantizedTensor(AffineScheme(a.bits, a.group_size, a.symmetric and b.symmetric), arrays)
+def pair_rows(quantized: QuantizedTensor) -> QuantizedTensor:
+    """`[2 N, rows, in]`, first and second matrix of each pair in turn, as `[N, 2 rows, in]` with
+    the first one's rows above the second's; nothing is copied."""
+    arrays = {k: v.unflatten(0, (-1, 2)).flatten(1, 2) for k, v in quantized.arrays.items()}
+    return QuantizedTensor(quantized.scheme, arrays)
 
 
 def to_matrices(quantized: QuantizedTensor, dtype: torch.dtype) -> tuple[str, Matrices]:

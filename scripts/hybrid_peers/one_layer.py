@@ -64,21 +64,22 @@ def ours(folder: Path, threads: int) -> Layer:
     """The CPU's road of the hybrid runtime."""
     from pipeline.checkpoint.formats.gptq import unpack
     from pipeline.hybrid.modules import HybridExperts
-    from pipeline.hybrid.stored import stack_rows, to_matrices
+    from pipeline.hybrid.stored import pair_rows, to_matrices
     from pipeline.quantize.tensor import AffineScheme
 
     scheme = AffineScheme(4, GROUP, True)
     with safe_open(folder / FILE, "pt") as file:
 
-        def read(name: str) -> Any:  # noqa: ANN401  (this repository's type, imported late)
-            stems = [f"model.layers.0.mlp.experts.{e}.{name}." for e in range(EXPERTS)]
+        def read(*names: str) -> Any:  # noqa: ANN401  (this repository's type, imported late)
+            experts = [f"model.layers.0.mlp.experts.{e}." for e in range(EXPERTS)]
+            stems = [f"{expert}{name}." for expert in experts for name in names]
             parts = {
                 part: torch.stack([file.get_tensor(stem + part) for stem in stems])
                 for part in ("qweight", "qzeros", "scales")
             }
             return unpack(parts, scheme)
 
-        wide = to_matrices(stack_rows(read("gate_proj"), read("up_proj"), "gate"), torch.bfloat16)
+        wide = to_matrices(pair_rows(read("gate_proj", "up_proj")), torch.bfloat16)
         narrow = to_matrices(read("down_proj"), torch.bfloat16)
     return HybridExperts(wide[1], narrow[1], EXPERTS, torch.nn.functional.silu)
 

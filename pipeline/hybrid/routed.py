@@ -1,0 +1,222 @@
+"""Reading routed experts: each layer's go to their roads, several layers at a time.
+
+What a layer costs is reading, unpacking and laying out anew, all of it memory traffic that one
+thread cannot bring up; so some threads read a layer each.  At no time are second copies of more
+experts in memory than these threads hold.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import CheckpointError, ResourceError
+from pipeline.hybrid.backends import BACKENDS
+from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.placing import ROADS, Road, Table
+from pipeline.hybrid.records import Records, empty, pack
+from pipeline.hybrid.stored import pair_rows, to_matrices
+from pipeline.models import Architecture
+from pipeline.models.architecture import Geometry
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+
+if TYPE_CHECKING:
+    from pipeline.hybrid.split import SplitExperts
+
+_AT_ONCE = 32
+"""Experts that are laid out anew at a time on a device."""
+_LAYERS_AT_ONCE = 4
+"""Layers that are read side by side, at most."""
+_COPIES = 4
+"""Bytes that laying out a byte of experts for the CPU takes meanwhile, all steps together."""
+
+
+class PinningError(ResourceError):
+    """No more RAM can be pinned."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A layer's experts module, and what is to be reported of it."""
+
+    layer: int
+    module: HybridExperts | SplitExperts
+    by_road: Mapping[str, int]
+    """Road -> bytes."""
+    backends: Counter[str]
+    rounded: Sequence[str]
+    """Names of what had its scales rounded to bfloat16."""
+
+
+class RoutedExperts:
+    """Reads the routed experts of one checkpoint."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        geometry: Geometry,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """device: where all but experts is; dtype: of activations."""
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._geometry = geometry
+        self._device = device
+        self._dtype = dtype
+        self._held = 0
+
+    def fill(self, homes: Table) -> Iterator[Filled]:
+        """Every layer's module, in order; `homes`: the road that keeps each expert.
+
+        Raises CheckpointError for experts that are damaged, ResourceError where there is no room.
+        """
+        threads = self._threads()
+        if threads == 1:
+            yield from map(self._layer, homes, homes.values())
+            return
+        list(BACKENDS)  # imports them: threads must not do that side by side
+        with ThreadPoolExecutor(threads, thread_name_prefix="experts") as pool:
+            try:
+                yield from pool.map(self._layer, homes, homes.values())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def nbytes(self, layer: int) -> int:
+        """Stored bytes of one expert of a layer; CheckpointError where it is missing or dense."""
+        architecture = self._architecture
+        size = 0
+        for projection in (architecture.gate, architecture.up, architecture.down):
+            name = architecture.expert_module(layer, 0, projection) + ".weight"
+            self._check_expert(name)
+            size += self._checkpoint.weights[name].nbytes
+        return size
+
+    def _threads(self) -> int:
+        """As many as torch may use, and as their copies have room for."""
+        most = min(torch.get_num_threads(), _LAYERS_AT_ONCE)
+        if self._device.type == "cuda":
+            return most
+        sizes = [self.nbytes(layer) * self._geometry.experts for layer in self._geometry.moe_layers]
+        spare = psutil.virtual_memory().available - sum(sizes)
+        return max(1, min(most, spare // max(1, _COPIES * max(sizes, default=0))))
+
+    @torch.no_grad()
+    def _layer(self, layer: int, roads: Sequence[Road]) -> Filled:
+        """Read a layer's experts and give each into one road's keeping."""
+        members = {road: [i for i, its in enumerate(roads) if its == road] for road in ROADS}
+        backends: Counter[str] = Counter()
+        rounded: list[str] = []
+        cpu = None
+        if mine := members["cpu"]:
+            packed = [to_matrices(q, self._dtype) for q in self._read(layer, mine, "cpu")]
+            backends.update(name for name, _ in packed)
+            wide, narrow = (matrices for _, matrices in packed)
+            rounded += [self._name(layer)] * (wide.rounded_scales + narrow.rounded_scales)
+            cpu = mine, HybridExperts(wide, narrow, len(mine), self._architecture.activation)
+        if cpu is not None and len(mine) == len(roads):
+            self._held += cpu[1].nbytes
+            return Filled(layer, cpu[1], {"cpu": cpu[1].nbytes}, backends, rounded)
+        split = importlib.import_module("pipeline.hybrid.split")  # imports Triton
+        on_device = {}
+        for road in ("resident", "zero-copy"):
+            if members[road]:
+                records = self._records(layer, members[road], road)
+                on_device[road] = split.DeviceRoad(members[road], records)
+                backends["triton"] += 2
+        mixed: SplitExperts = split.SplitExperts(
+            on_device, cpu, len(roads), self._architecture.activation, self._device
+        )
+        self._held += mixed.nbytes
+        return Filled(layer, mixed, mixed.bytes_by_road(), backends, rounded)
+
+    def _read(
+        self, layer: int, experts: Sequence[int], device: torch.device | str
+    ) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """Gate and up as one, and down, of some of a layer's experts, each as one batch."""
+        architecture, geometry = self._architecture, self._geometry
+
+        def read(projections: Sequence[str], shape: tuple[int, int]) -> QuantizedTensor:
+            names = [
+                f"{architecture.expert_module(layer, expert, projection)}.weight"
+                for expert in experts
+                for projection in projections
+            ]
+            for name in names[: len(projections)]:
+                self._check_expert(name)
+                self._check_shape(name, shape)
+            return self._checkpoint.load_quantized(names, device)
+
+        wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
+        gate_up = pair_rows(read((architecture.gate, architecture.up), wide))
+        return gate_up, read((architecture.down,), narrow)
+
+    def _records(self, layer: int, experts: list[int], road: str) -> Records:
+        """Some of a layer's experts where `road` wants them, laid out anew on the device, which is
+        quick there, some at a time, which takes little of its memory."""
+        pin = self._device.type == "cuda" and road == "zero-copy"
+        records: Records | None = None
+        for first in range(0, len(experts), _AT_ONCE):
+            read = self._read(layer, experts[first : first + _AT_ONCE], self._device)
+            some = pack(*(self._as_configured(quantized, layer) for quantized in read))
+            if records is None:
+                try:
+                    where = self._device if road == "resident" else torch.device("cpu")
+                    records = empty(some.layout, len(experts), where, pin=pin)
+                except RuntimeError as error:
+                    raise self._no_memory(road) from error
+            records.data[first : first + some.count].copy_(some.data)
+        assert records is not None, "a road without experts has no records"
+        return records
+
+    def _as_configured(self, quantized: QuantizedTensor, layer: int) -> QuantizedTensor:
+        """Symmetric where config.json says so, and only there, so that all records are alike."""
+        scheme = quantized.scheme
+        configured = (self._checkpoint.config.get("quantization_config") or {}).get("sym") is True
+        if configured and not scheme.symmetric:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: zeros of experts of layer {layer} are not all in the "
+                "middle, config.json says sym: true"
+            )
+        same = AffineScheme(scheme.bits, scheme.group_size, configured)
+        return QuantizedTensor(same, quantized.arrays)
+
+    def _no_memory(self, road: str) -> ResourceError:
+        held = f"{self._held / 2**30:.2f} GiB of experts"
+        if road == "resident":
+            where = f"{self._checkpoint.path}: no room on {self._device}"
+            return ResourceError(f"{where} behind {held}: make fewer resident")
+        return PinningError(
+            f"{self._checkpoint.path}: no more RAM can be pinned behind {held}: "
+            "raise the limit of locked memory (ulimit -l), or use placement cpu"
+        )
+
+    def _check_expert(self, name: str) -> None:
+        weight = self._checkpoint.weights.get(name)
+        if weight is None:
+            raise CheckpointError(f"{self._checkpoint.path}: has no tensor {name}")
+        if not self._checkpoint.is_packed(name):
+            raise CheckpointError(
+                f"{self._checkpoint.path}: experts are stored as {weight.format}, "
+                "which the hybrid runtime cannot multiply by: requantise the model first"
+            )
+
+    def _check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        found = self._checkpoint.weights[name].shape
+        if found != shape:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {name} is {list(found or ())}, "
+                f"config.json asks for {list(shape)}"
+            )
+
+    def _name(self, layer: int) -> str:
+        return self._architecture.layer_prefix(layer) + self._architecture.experts
