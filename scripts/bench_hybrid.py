@@ -7,7 +7,8 @@ Weights are random, experts packed in place (`hybrid_model.py`); kernels, roads 
 of a loaded model.  Decode is greedy, batch 1; at long contexts the cache is empty but read in full.
 A placement is a road, parts such as "resident:0.1,zero-copy:0.9", or "follow:0.1": copies of a
 tenth of the zero-copy experts, which follow use.  torch is held to `--device-memory`, less what the
-CUDA context takes.  Figures of fewer layers are also scaled to 48, and said to be.
+CUDA context takes.  Figures of fewer layers are also scaled to 48, and said to be.  Below them, as
+the step "peers", is what `hybrid_peers/table.py` times of other runtimes on this machine.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from functools import partial
 import psutil
 import torch
 from hybrid_model import Shares, build
+from hybrid_peers.table import print_peers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -67,16 +69,19 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads;", _gpu(device))
     cuda = device.type == "cuda"
     if cuda and args.device_memory:
-        _limit(device, parse_size(args.device_memory))
+        limit_memory(device, parse_size(args.device_memory))
     rates = machine(device) if "machine" in args.steps else {}
     rows = []
-    for placement in args.placements:
+    timed = {"prefill", "decode"} & set(args.steps)
+    for placement in args.placements if timed else ():
         rows.append(measure(placement, args, device))
         print_table(rows[-1:], args.layers)
     if len(rows) > 1:
         print_table(rows, args.layers)
     if rates:
         print_roofline(rates)
+    if "peers" in args.steps:
+        print_peers(args.threads)
 
 
 def machine(device: torch.device) -> dict[str, float]:
@@ -263,7 +268,8 @@ def placement(text: str) -> str:
     return text
 
 
-def _limit(device: torch.device, limit: int) -> None:
+def limit_memory(device: torch.device, limit: int) -> None:
+    """Hold torch to that many bytes of the device, less what its context takes."""
     torch.zeros(1, device=device)
     free, total = torch.cuda.mem_get_info(device)
     context = total - free
@@ -298,8 +304,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=512)
     parser.add_argument("--placements", nargs="+", type=placement, default=["zero-copy"])
     parser.add_argument(
-        "--steps", nargs="+", choices=("machine", "prefill", "decode"),
-        default=["machine", "prefill", "decode"],
+        "--steps", nargs="+", choices=("machine", "prefill", "decode", "peers"),
+        default=["machine", "prefill", "decode", "peers"],
     )  # fmt: skip
     parser.add_argument("--prompts", nargs="+", type=int, default=list(PROMPTS))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))

@@ -27,23 +27,41 @@ SCHEME = AffineScheme(4, 128, True)
 Shares = dict[Road, float]
 
 
-def build(layers: int, experts: int, device: torch.device, shares: Shares) -> PreTrainedModel:
+def build(
+    layers: int,
+    experts: int,
+    device: torch.device,
+    shares: Shares,
+    *,
+    scheme: AffineScheme = SCHEME,
+    vocabulary: int | None = None,
+) -> PreTrainedModel:
     """A model of that many layers; `shares`: the part of each layer's experts on each road."""
+    model = without_experts(layers, experts, device, vocabulary)
+    geometry = MODELS["qwen3-next-80b"]
+    block = random_records(experts, geometry.hidden, geometry.inner, scheme)
+    for layer, split in zip(model.model.layers, _all(block, layers, shares, device), strict=True):
+        layer.mlp.experts = split
+    return model
+
+
+def without_experts(
+    layers: int, experts: int, device: torch.device, vocabulary: int | None = None
+) -> PreTrainedModel:
+    """The same model, its experts still to be put in; the same weights every time."""
     geometry = MODELS["qwen3-next-80b"].cut(layers, experts)
-    model = build_skeleton(model_config(geometry.config), torch.bfloat16)
+    config = geometry.config | {"vocab_size": vocabulary or geometry.vocabulary}
+    model = build_skeleton(model_config(config), torch.bfloat16)
     for layer in model.model.layers:
         layer.mlp.experts = nn.Identity()
     _fill(model, device)
     model.model.rotary_emb = rotary_embedding(model, device)
-    block = random_records(experts, geometry.hidden, geometry.inner)
-    for layer, split in zip(model.model.layers, _all(block, layers, shares, device), strict=True):
-        layer.mlp.experts = split
     return model.eval()
 
 
-def random_records(experts: int, hidden: int, inner: int) -> Records:
-    """One layer's experts in plain host memory."""
-    layout = full_layout(hidden, inner)
+def random_records(experts: int, hidden: int, inner: int, scheme: AffineScheme = SCHEME) -> Records:
+    """One layer's experts in plain host memory; the same every time."""
+    layout = full_layout(hidden, inner, scheme)
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(
         -(2**63), 2**63 - 1, (experts, layout.nbytes // 8), dtype=torch.int64, generator=generator
@@ -54,19 +72,19 @@ def random_records(experts: int, hidden: int, inner: int) -> Records:
     return Records(layout, data)
 
 
-def full_layout(hidden: int, inner: int) -> Layout:
+def full_layout(hidden: int, inner: int, scheme: AffineScheme = SCHEME) -> Layout:
     """The record of one expert."""
     shapes = (2 * inner, hidden), (hidden, inner)
-    wide, narrow = (_empty(1, rows, columns) for rows, columns in shapes)
+    wide, narrow = (_empty(1, rows, columns, scheme) for rows, columns in shapes)
     return layout_of(wide, narrow)
 
 
-def _empty(count: int, rows: int, columns: int) -> QuantizedTensor:
-    groups = columns // SCHEME.group_size
+def _empty(count: int, rows: int, columns: int, scheme: AffineScheme) -> QuantizedTensor:
+    groups = columns // scheme.group_size
     codes = torch.empty((count, rows, columns), dtype=torch.uint8)
     scales = torch.empty((count, rows, groups), dtype=torch.float16)
     return QuantizedTensor(
-        SCHEME, {"codes": codes, "scales": scales, "zeros": torch.empty_like(scales).byte()}
+        scheme, {"codes": codes, "scales": scales, "zeros": torch.empty_like(scales).byte()}
     )
 
 

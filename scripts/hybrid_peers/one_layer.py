@@ -18,6 +18,7 @@ second in decoding; whoever comes second also prints how far its output is from 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 EXPERTS, HIDDEN, INNER, TOP, GROUP = 64, 2048, 512, 10, 128
+PROMPT = 512
 FILE, RESULT = "model.safetensors", "result.pt"
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [T, hidden], experts int64 [T, k], weights float32 [T, k]) -> [T, hidden], as in the model."""
@@ -135,13 +137,13 @@ def timed(layer: Layer, tokens: int, repeats: int) -> list[float]:
 
 
 def report(side: str, layer: Layer, folder: Path, threads: int) -> None:
-    """Time it, and compare with what the other side made of the same tokens."""
+    """Time it, and compare with what the other side made of the same tokens; see `table.py`."""
     nbytes = TOP * 3 * HIDDEN * INNER * (4 + 16 / GROUP) / 8
-    one, many = timed(layer, 1, 60), timed(layer, 512, 4)
-    rate = nbytes / one[0] / 1e6
-    print(
-        f"{side}, {threads} threads: one token {one[0]:.2f} ms best, {statistics.median(one):.2f}"
-        f" median ({rate:.1f} GB/s at best); 512 tokens {many[0]:.0f} ms"
+    one, many = timed(layer, 1, 60), timed(layer, PROMPT, 4)
+    median = statistics.median(one)
+    note = (
+        f"{threads} threads: one token {one[0]:.2f} ms best, {median:.2f} median "
+        f"({nbytes / one[0] / 1e6:.1f} GB/s at best); {PROMPT} tokens {many[0]:.0f} ms"
     )
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(8, HIDDEN, generator=generator).bfloat16()
@@ -150,8 +152,12 @@ def report(side: str, layer: Layer, folder: Path, threads: int) -> None:
     other = folder / RESULT
     if other.is_file():
         known = torch.load(other, weights_only=True)
-        print(f"off from {known['side']} by {float((got - known['y']).norm() / got.norm()):.4f}")
-    torch.save({"side": side, "y": got}, other)
+        apart = float((got - known["y"]).norm() / got.norm())
+        note += f"; output {apart:.4f} from {known['side']}'s"
+    else:
+        torch.save({"side": side, "y": got}, other)
+    row = {"side": f"one layer, {side}", "decode": 1e3 / median, "prefill": 1e3 * PROMPT / many[0]}
+    print(json.dumps(row | {"note": note}))
 
 
 def main() -> None:

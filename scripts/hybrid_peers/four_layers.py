@@ -1,0 +1,178 @@
+"""Four layers of Qwen3-Next-80B's true geometry: transformers' dense model beside ours.
+
+    PYTHONPATH=scripts .venv/bin/python -m hybrid_peers.four_layers SIDE DIR --threads 2
+
+SIDE is `dense`: transformers' own model in bfloat16, all on the CPU, as people run it who hide
+their GPU; `ours`: experts in int4 on the CPU, the rest on it too; or, where there is a GPU,
+`accelerate`: the dense model, its experts where `device_map` says "cpu", the rest on the GPU, and
+`hybrid`: ours with experts zero-copy, both held to `--device-memory`.  All sides have the same
+weights: the dense one holds the values that ours has codes of.  Whoever comes second also prints
+how far its logits behind the prompt are from the first one's, which DIR keeps.
+
+The head of 151,936 rows is left out of the four layers (it is cut to 1,024) and timed by itself, so
+that a step of 48 layers is 12 times the four and one head; that figure is labelled as scaled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from bench_hybrid import limit_memory
+from hybrid_model import SCHEME, build, random_records, without_experts
+from synthetic_geometries import MODELS
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from hybrid_peers.timing import prompt, say, speeds
+from pipeline.hybrid.decode import Decoder
+from pipeline.hybrid.runtime import connect
+from pipeline.models.skeleton import build_skeleton
+from pipeline.sizes import parse_size
+
+LAYERS, FULL, VOCABULARY = 4, 48, 1024
+STEPS = 16
+GEOMETRY = MODELS["qwen3-next-80b"]
+CHUNK = 32
+"""Experts dequantised at once."""
+
+
+class Plain:
+    """A transformers model decoding as transformers does, on a cache that grows."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._last = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        self._cache: Any = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        """See `timing.Read`."""
+        self._cache = DynamicCache(config=self._model.config)
+        return self._forward(ids.to(self._device))
+
+    def step(self) -> None:
+        """See `timing.Step`."""
+        self._forward(self._last)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        model: Any = self._model
+        out = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._last = out.logits[:, -1:].argmax(-1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+def dense(experts: int) -> PreTrainedModel:
+    """The dense model on the CPU, each layer's experts in memory of its own."""
+    model = without_experts(LAYERS, experts, torch.device("cpu"), VOCABULARY)
+    block = random_records(experts, GEOMETRY.hidden, GEOMETRY.inner)
+    stacks = [torch.empty(q.shape, dtype=torch.bfloat16) for q in block.unpack()]
+    for stack, quantized in zip(stacks, block.unpack(), strict=True):
+        for first in range(0, experts, CHUNK):
+            part = slice(first, first + CHUNK)
+            stack[part] = quantized[part].dequantize(torch.bfloat16)
+    bare = build_skeleton(model.config, torch.bfloat16)
+    for number, (layer, meta) in enumerate(zip(model.model.layers, bare.model.layers, strict=True)):
+        module = meta.mlp.experts
+        for name, stack in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
+            own = stack if number == 0 else stack.clone()
+            setattr(module, name, nn.Parameter(own, requires_grad=False))
+        layer.mlp.experts = module
+    model.config = bare.config
+    return model
+
+
+def spread(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """accelerate's hooks: experts stay in RAM and travel at every call, the rest is on `device`."""
+    return dispatch_model(model, places(model, device), main_device=str(device))
+
+
+def places(model: PreTrainedModel, device: torch.device) -> dict[str, str]:
+    """The device map, module by module: one that names a whole layer would take its experts too."""
+    found = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"))
+    for number, layer in enumerate(model.model.layers):
+        stem = f"model.layers.{number}."
+        found |= dict.fromkeys(stem + name for name, _ in layer.named_children() if name != "mlp")
+        found |= dict.fromkeys(f"{stem}mlp.{name}" for name, _ in layer.mlp.named_children())
+    return {name: "cpu" if name.endswith("mlp.experts") else str(device) for name in found}
+
+
+def head_seconds(device: torch.device) -> float:
+    """One token through a head of the true size."""
+    weight = torch.empty((GEOMETRY.vocabulary, GEOMETRY.hidden), dtype=torch.bfloat16,
+                         device=device).normal_(std=0.02)  # fmt: skip
+    x = torch.ones((1, GEOMETRY.hidden), dtype=torch.bfloat16, device=device)
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        (x @ weight.T).max().item()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def run(side: str, folder: Path, args: argparse.Namespace) -> None:
+    """Build the side, time it, compare."""
+    on_gpu = side in ("accelerate", "hybrid")
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        limit_memory(device, parse_size(args.device_memory))
+    head = head_seconds(device)
+    read: Any
+    step: Any
+    if side in ("dense", "accelerate"):
+        model = dense(args.experts)
+        plain = Plain(spread(model, device) if on_gpu else model, device)
+        read, step = plain.read, plain.step
+        how = f"experts by transformers' {model.config._experts_implementation}"
+    else:
+        model = build(LAYERS, args.experts, device, {"zero-copy" if on_gpu else "cpu": 1.0},
+                      vocabulary=VOCABULARY)  # fmt: skip
+        connect(model)
+        decoder = Decoder(model, 1, 1024)
+        read, step = decoder.prefill, decoder.step
+        how = f"int4, groups of {SCHEME.group_size}"
+    ids = prompt(VOCABULARY).to(device)
+    wait = torch.cuda.synchronize if on_gpu else _nothing
+    decode, prefill = speeds(read, step, ids, STEPS, wait)
+    full = 1 / (FULL / LAYERS / decode + head)
+    note = (
+        f"scaled to {FULL} layers: decode {full:.3f}, prefill {prefill * LAYERS / FULL:.1f}; "
+        f"head {head * 1e3:.0f} ms; {how}" + _apart(side, read(ids).float().cpu(), folder)
+    )
+    say(f"{LAYERS} layers, {side}", decode, prefill, note)
+
+
+def _apart(side: str, logits: Tensor, folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "logits.pt"
+    if not file.is_file():
+        torch.save({"side": side, "logits": logits}, file)
+        return ""
+    known = torch.load(file, weights_only=True)
+    apart = float((logits - known["logits"]).norm() / known["logits"].norm())
+    return f"; logits {apart:.4f} from {known['side']}'s"
+
+
+def _nothing() -> None:
+    """What there is to wait for on a CPU."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=["dense", "ours", "accelerate", "hybrid"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=GEOMETRY.experts, help="fewer for a trial")
+    parser.add_argument("--device-memory", default="10GiB")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with torch.inference_mode():
+        run(args.side, args.folder, args)
+
+
+if __name__ == "__main__":
+    main()
