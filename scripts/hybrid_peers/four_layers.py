@@ -137,13 +137,13 @@ def run(side: str, folder: Path, args: argparse.Namespace) -> None:
         how = f"int4, groups of {SCHEME.group_size}"
     ids = prompt(VOCABULARY).to(device)
     wait = torch.cuda.synchronize if on_gpu else _nothing
-    decode, prefill = speeds(read, step, ids, STEPS, wait)
-    full = 1 / (FULL / LAYERS / decode + head)
+    speed = speeds(read, step, ids, STEPS, wait)
+    full = 1 / (FULL / LAYERS / speed.decode + head)
     note = (
-        f"scaled to {FULL} layers: decode {full:.3f}, prefill {prefill * LAYERS / FULL:.1f}; "
+        f"scaled to {FULL} layers: decode {full:.3f}, prefill {speed.prefill * LAYERS / FULL:.1f}; "
         f"head {head * 1e3:.0f} ms; {how}" + _apart(side, read(ids).float().cpu(), folder)
     )
-    say(f"{LAYERS} layers, {side}", decode, prefill, note)
+    say(f"{LAYERS} layers, {side}", speed, note)
 
 
 def _apart(side: str, logits: Tensor, folder: Path) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 MODEL, ARRAYS, HEADER = "model.gguf", "arrays.safetensors", "gguf.json"
-PROMPT, SHORT, STEPS = 512, 128, 32
+PROMPT, SHORT, STEPS, WARM = 512, 128, 32, 3
 ERROR = 4
 """GGML_LOG_LEVEL_ERROR"""
 
@@ -92,22 +93,34 @@ def _errors_only(level: int, text: bytes, _data: object) -> None:
 
 
 def speed(folder: Path, threads: int) -> dict[str, Any]:
-    """Tokens per second of a prompt, the second time, and of greedy decoding behind a short one."""
+    """What `timing.speeds` measures, in the same way."""
     model = Model(folder, threads, 1024)
     ids = np.random.default_rng(0).integers(5, model.words, PROMPT).astype(np.int32)
     for _ in range(2):
         model.begin()
-        started = time.perf_counter()
-        model.read(ids)
-        prefill = PROMPT / (time.perf_counter() - started)
+        prefill, _ = timed(model, ids)
     model.begin()
     last = model.read(ids[:SHORT]).argmax()
-    for step in range(3 + STEPS):
-        if step == 3:
-            started = time.perf_counter()
-        last = model.read(np.array([last], dtype=np.int32)).argmax()
-    decode = STEPS / (time.perf_counter() - started)
-    return {"side": "llama.cpp", "decode": decode, "prefill": prefill}
+    taken = []
+    for _ in range(WARM + STEPS):
+        times, last = timed(model, np.array([last], dtype=np.int32))
+        taken.append(times)
+    clock, busy = (statistics.median(column) for column in zip(*taken[WARM:], strict=True))
+    return {
+        "side": "llama.cpp",
+        "decode": 1 / clock,
+        "prefill": PROMPT / prefill[0],
+        "decode_busy": 1 / busy,
+        "prefill_busy": PROMPT / prefill[1],
+        "note": llama_cpp.llama_print_system_info().decode(),
+    }
+
+
+def timed(model: Model, ids: npt.NDArray[np.int32]) -> tuple[tuple[float, float], np.int64]:
+    """Seconds by the clock and of processor time, and the token that follows."""
+    clock, busy = time.perf_counter(), time.process_time()
+    following = model.read(ids).argmax()
+    return (time.perf_counter() - clock, time.process_time() - busy), following
 
 
 def logits(folder: Path, ids: Path, out: Path) -> None:

@@ -5,6 +5,7 @@ Each side runs in an environment of its own (`make_env.sh`):
     .venv/bin/python scripts/hybrid_peers/one_layer.py make DIR
     .venv/bin/python scripts/hybrid_peers/one_layer.py ours DIR --threads 2
     .env-kt-kernel/bin/python scripts/hybrid_peers/one_layer.py kt-kernel DIR --threads 2
+    .env-kt-kernel/bin/python scripts/hybrid_peers/one_layer.py kt-kernel-q4_0 DIR --threads 2
 
 `make` writes one layer of random experts: hidden 2048, inner 512, 4 bits symmetric in groups of
 128, 64 experts, which no cache holds.  Printed are the milliseconds of one token (top 10, others
@@ -87,33 +88,79 @@ def ours(folder: Path, threads: int) -> Layer:
 
 
 def kt_kernel(folder: Path, threads: int) -> Layer:
-    """kt-kernel's experts for GPTQ, by the library itself: its Python wrapper pins memory, which
-    takes a GPU."""
-    import kt_kernel  # type: ignore[import-not-found]
+    """kt-kernel's experts for GPTQ, of the kind that it picks itself for this CPU."""
     from kt_kernel.utils import amx, loader  # type: ignore[import-not-found]
 
-    library = kt_kernel.kt_kernel_ext
-    pool = library.WorkerPoolConfig()
-    pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
-    cpu = library.CPUInfer(pool)
+    cpu, config, on_gpu = _kt_pool(threads)
     weights = loader.GPTQSafeTensorLoader(str(folder)).load_experts("model.layers.0")
-    on_gpu = torch.zeros(EXPERTS, dtype=torch.bool)
-    config = amx.MOEConfig(EXPERTS, TOP, HIDDEN, INNER, on_gpu.data_ptr())
-    config.layer_idx, config.pool, config.max_len = 0, cpu.backend_, 2048
     for name in ("gate", "up", "down"):
         for kind, key in (("projs", name), ("scales", f"{name}_scale")):
             setattr(config, f"{name}_{kind}", [[tensor.data_ptr() for tensor in weights[key]]])
     config.quant_config.bits, config.quant_config.group_size = 4, GROUP
     config.quant_config.zero_point = False
-    kind = amx._select_gptq_int4_backend(GROUP)
-    moe, order = kind(config), torch.arange(EXPERTS)
+    moe = amx._select_gptq_int4_backend(GROUP)(config)
+    return _kt_layer(cpu, moe, (weights, on_gpu))
+
+
+def kt_llamafile(folder: Path, threads: int) -> Layer:
+    """Its other road on a CPU without AMX, over blocks of Q4_0: 32 of our codes and their scale."""
+    import kt_kernel  # type: ignore[import-not-found]
+
+    library = kt_kernel.kt_kernel_ext
+    ggml_type = library.kvcache.ggml_type
+    cpu, config, on_gpu = _kt_pool(threads)
+    config.m_block, config.group_min_len, config.group_max_len = 32, 10, 2048
+    config.hidden_type = ggml_type.BF16
+    kept = [on_gpu]
+    for name in ("gate", "up", "down"):
+        kept.append(_q4_0(folder, f"{name}_proj"))
+        setattr(config, f"{name}_proj", kept[-1].data_ptr())
+        setattr(config, f"{name}_type", ggml_type.Q4_0)
+    return _kt_layer(cpu, library.moe.MOE(config), kept)
+
+
+def _q4_0(folder: Path, name: str) -> Tensor:
+    """All experts' blocks: a float16 scale, then code j low and code j + 16 high in byte j."""
+    shifts = 4 * torch.arange(8, dtype=torch.int32)
+    rows = []
+    with safe_open(folder / FILE, "pt") as file:
+        for expert in range(EXPERTS):
+            stem = f"model.layers.0.mlp.experts.{expert}.{name}."
+            words = file.get_tensor(stem + "qweight").T.unsqueeze(-1)
+            codes = (words >> shifts & 15).to(torch.uint8).reshape(words.shape[0], -1, 2, 16)
+            scales = file.get_tensor(stem + "scales").T.repeat_interleave(GROUP // 32, dim=1)
+            scales = scales.contiguous().unsqueeze(-1).view(torch.uint8)
+            rows.append(torch.cat([scales, codes[..., 0, :] | codes[..., 1, :] << 4], dim=-1))
+    return torch.stack(rows)
+
+
+def _kt_pool(threads: int) -> tuple[Any, Any, Tensor]:
+    """Its threads, the layer's sizes, and a table that says no expert is on a GPU.
+
+    Taken from the library itself: its Python wrapper pins memory, which takes a GPU.
+    """
+    import kt_kernel
+    from kt_kernel.utils import amx
+
+    library = kt_kernel.kt_kernel_ext
+    pool = library.WorkerPoolConfig()
+    pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
+    cpu = library.CPUInfer(pool)
+    on_gpu = torch.zeros(EXPERTS, dtype=torch.bool)
+    config = amx.MOEConfig(EXPERTS, TOP, HIDDEN, INNER, on_gpu.data_ptr())
+    config.layer_idx, config.pool, config.max_len = 0, cpu.backend_, 2048
+    return cpu, config, on_gpu
+
+
+def _kt_layer(cpu: Any, moe: Any, kept: object) -> Layer:  # noqa: ANN401
+    """`kept`: what the library holds addresses of."""
+    order = torch.arange(EXPERTS)
     cpu.submit(moe.load_weights_task(order.data_ptr()))
     cpu.sync()
-    print(f"kt-kernel computes with {kind.__name__}")
-    kept = (weights, on_gpu, order)
+    print(f"kt-kernel computes with {type(moe).__name__}")
 
     def layer(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        assert kept, "the library holds addresses only"
+        assert kept is not None
         output, count = torch.empty_like(x), torch.tensor([x.shape[0]], dtype=torch.int32)
         pointers = (index.data_ptr(), weights.data_ptr(), x.data_ptr(), output.data_ptr())
         cpu.submit(moe.forward_task(count.data_ptr(), index.shape[1], *pointers, False))
@@ -123,23 +170,26 @@ def kt_kernel(folder: Path, threads: int) -> Layer:
     return layer
 
 
-def timed(layer: Layer, tokens: int, repeats: int) -> list[float]:
-    """Milliseconds of each call, routed anew every time; the first two calls are not counted."""
-    seconds = []
+def timed(layer: Layer, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each call by the clock, and of processor time, both in rising order; routed
+    anew every time, the first two calls not counted."""
+    taken = []
     for _ in range(repeats + 2):
         x = torch.randn(tokens, HIDDEN).bfloat16()
         index = torch.rand(tokens, EXPERTS).topk(TOP).indices.contiguous()
         weights = torch.rand(tokens, TOP)
-        started = time.perf_counter()
+        clock, busy = time.perf_counter(), time.process_time()
         layer(x, index, weights)
-        seconds.append(1e3 * (time.perf_counter() - started))
-    return sorted(seconds[2:])
+        ended = time.perf_counter(), time.process_time()
+        taken.append((1e3 * (ended[0] - clock), 1e3 * (ended[1] - busy)))
+    clocks, busies = zip(*taken[2:], strict=True)
+    return sorted(clocks), sorted(busies)
 
 
 def report(side: str, layer: Layer, folder: Path, threads: int) -> None:
     """Time it, and compare with what the other side made of the same tokens; see `table.py`."""
     nbytes = TOP * 3 * HIDDEN * INNER * (4 + 16 / GROUP) / 8
-    one, many = timed(layer, 1, 60), timed(layer, PROMPT, 4)
+    (one, one_busy), (many, many_busy) = timed(layer, 1, 60), timed(layer, PROMPT, 4)
     median = statistics.median(one)
     note = (
         f"{threads} threads: one token {one[0]:.2f} ms best, {median:.2f} median "
@@ -156,13 +206,23 @@ def report(side: str, layer: Layer, folder: Path, threads: int) -> None:
         note += f"; output {apart:.4f} from {known['side']}'s"
     else:
         torch.save({"side": side, "y": got}, other)
-    row = {"side": f"one layer, {side}", "decode": 1e3 / median, "prefill": 1e3 * PROMPT / many[0]}
-    print(json.dumps(row | {"note": note}))
+    row = {
+        "side": f"one layer, {side}",
+        "decode": 1e3 / median,
+        "prefill": 1e3 * PROMPT / many[0],
+        "decode_busy": 1e3 / statistics.median(one_busy),
+        "prefill_busy": 1e3 * PROMPT / many_busy[0],
+        "note": note,
+    }
+    print(json.dumps(row))
+
+
+SIDES = {"ours": ours, "kt-kernel": kt_kernel, "kt-kernel-q4_0": kt_llamafile}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["make", "ours", "kt-kernel"])
+    parser.add_argument("what", choices=["make", *SIDES])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -170,7 +230,7 @@ def main() -> None:
     if args.what == "make":
         make(args.folder)
         return
-    build = {"ours": ours, "kt-kernel": kt_kernel}[args.what]
+    build = SIDES[args.what]
     with torch.inference_mode():
         report(args.what, build(args.folder, args.threads), args.folder, args.threads)
 

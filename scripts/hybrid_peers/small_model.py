@@ -43,8 +43,8 @@ def ours(group: int) -> None:
     connect(model)
     decoder = Decoder(model, 1, 1024)
     ids = prompt(VOCABULARY)
-    decode, prefill = speeds(decoder.prefill, decoder.step, ids, STEPS, lambda: None)
-    say(f"ours, groups of {group}", decode, prefill)
+    speed = speeds(decoder.prefill, decoder.step, ids, STEPS, lambda: None)
+    say(f"ours, groups of {group}", speed)
 
 
 def main() -> None:

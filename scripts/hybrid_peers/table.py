@@ -36,28 +36,34 @@ Command = list[str]
 
 @dataclass(frozen=True)
 class Turn:
-    """One side's figures, tokens per second."""
+    """One side's figures, tokens per second; busy: of processor time (`timing.Speed`)."""
 
     side: str
     decode: float
     prefill: float
+    decode_busy: float
+    prefill_busy: float
     note: str = ""
 
 
 def print_peers(threads: int, turns: int = 3, groups: Sequence[str] = GROUPS) -> None:
     """Run all groups and print a row for each side; what cannot run is said, and passed over."""
-    print(f"beside it, mandatory: {threads} CPU threads, medians of {turns} turns [least, most]")
+    print(
+        f"beside it, mandatory: {threads} CPU threads, medians of {turns} turns [least, most]; "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
     for group in groups:
         with tempfile.TemporaryDirectory() as folder:
             sides = _prepared(group, folder, threads)
             found = [turn for _ in range(turns) for side in sides for turn in _run(side)]
         for name in dict.fromkeys(turn.side for turn in found):
             mine = [turn for turn in found if turn.side == name]
-            decode = _spread([turn.decode for turn in mine])
-            prefill = _spread([turn.prefill for turn in mine])
-            print(f"  {name:32s} decode {decode} tok/s  prefill {prefill} tok/s", flush=True)
+            for what in ("decode", "prefill"):
+                clock = _spread([getattr(turn, what) for turn in mine])
+                busy = _spread([getattr(turn, f"{what}_busy") for turn in mine])
+                print(f"  {name:26s} {what:8s}{clock} tok/s; of processor time {busy}", flush=True)
             if mine[-1].note:
-                print(f"  {'':32s} {mine[-1].note}", flush=True)
+                print(f"  {'':26s} {mine[-1].note}", flush=True)
 
 
 def _prepared(group: str, folder: str, threads: int) -> list[Command]:
@@ -72,7 +78,9 @@ def _prepared(group: str, folder: str, threads: int) -> list[Command]:
         script = str(PEERS / "one_layer.py")
         _run([sys.executable, script, "make", folder])
         sides = [[sys.executable, script, "ours", folder, *given]]
-        return sides + _with(KT_KERNEL, "make_env.sh", [script, "kt-kernel", folder, *given])
+        for name in ("kt-kernel", "kt-kernel-q4_0"):
+            sides += _with(KT_KERNEL, "make_env.sh", [script, name, folder, *given])
+        return sides
     sides = [[*_module("small_model"), group_size, *given] for group_size in ("32", "128")]
     script = str(PEERS / "llama_side.py")
     theirs = _with(LLAMA, "make_llama_env.sh", [script, "speed", folder, *given])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -25,25 +27,40 @@ def prompt(vocabulary: int) -> Tensor:
     return torch.randint(5, vocabulary, (1, PROMPT), generator=generator)
 
 
-def speeds(read: Read, step: Step, ids: Tensor, steps: int, wait: Step) -> tuple[float, float]:
-    """Tokens per second: greedy, behind SHORT tokens; and of all of `ids`, the second time."""
-    prefill = 0.0
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, by the clock and by what the process's threads were busy.
+
+    On a machine that others use, one thread's busy time is the figure that still means something;
+    threads that wait for each other spin, and are busy then as well.
+    """
+
+    decode: float
+    prefill: float
+    decode_busy: float
+    prefill_busy: float
+
+
+def speeds(read: Read, step: Step, ids: Tensor, steps: int, wait: Step) -> Speed:
+    """Of greedy decoding behind SHORT tokens, by the median step; of all of `ids`, the second time.
+
+    wait: returns when a GPU, if there is one, has done what it was given.
+    """
     for _ in range(2):
-        started = time.perf_counter()
-        read(ids)
-        wait()
-        prefill = ids.shape[1] / (time.perf_counter() - started)
+        prefill = _timed(lambda: read(ids), wait)
     read(ids[:, :SHORT])
-    for _ in range(WARM):
-        step()
-    wait()
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    wait()
-    return steps / (time.perf_counter() - started), prefill
+    taken = [_timed(step, wait) for _ in range(WARM + steps)][WARM:]
+    clock, busy = (statistics.median(column) for column in zip(*taken, strict=True))
+    return Speed(1 / clock, ids.shape[1] / prefill[0], 1 / busy, ids.shape[1] / prefill[1])
 
 
-def say(side: str, decode: float, prefill: float, note: str = "") -> None:
+def _timed(call: Step, wait: Step) -> tuple[float, float]:
+    clock, busy = time.perf_counter(), time.process_time()
+    call()
+    wait()
+    return time.perf_counter() - clock, time.process_time() - busy
+
+
+def say(side: str, speed: Speed, note: str = "") -> None:
     """What `table.py` reads."""
-    print(json.dumps({"side": side, "decode": decode, "prefill": prefill, "note": note}))
+    print(json.dumps({"side": side, "note": note} | asdict(speed)))
