@@ -1,6 +1,7 @@
 """Whether llama.cpp computes the same model from the file that `gguf_arrays.py` describes.
 
-    PYTHONPATH=scripts .venv/bin/python -m hybrid_peers.same_model .env-llama-cpp/bin/python
+    PYTHONPATH=scripts:scripts/test_model .venv/bin/python -m hybrid_peers.same_model \
+        .env-llama-cpp/bin/python
 
 On the shipped, trained model and held-out text, logits of llama.cpp, token by token, against those
 of transformers in float32: once with all weights in float32, and once with experts rounded to
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from test_model.evaluate import load
+from evaluate import load
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
