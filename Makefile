@@ -19,7 +19,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # torch goes first and alone: with it in place, nothing that depends on it asks for another build.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard pipeline/hybrid/native/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,report,data,nightly]'

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from pipeline import __version__
+from pipeline.hybrid.native.library import find
 from pipeline.progress import size
 from pipeline.report.optional import MISSING, can_draw
 
@@ -43,6 +44,7 @@ def examine() -> dict[str, Any]:
         "disk here": f"{size(shutil.disk_usage(Path.cwd()).free)} free",
         "CPU": f"{psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads,"
         f" {torch.backends.cpu.get_cpu_capability()}",
+        "experts on CPU": _expert_kernel(),
         "torch int4 on CPU": "yes" if _int4_works() else "no; experts are dequantised per use",
     }
     for package in PACKAGES:
@@ -60,6 +62,11 @@ def advice(found: Mapping[str, Any]) -> list[str]:
     lines = []
     if not torch.cuda.is_available():
         lines.append(_no_gpu())
+    if found["experts on CPU"].startswith("torch"):
+        lines.append(
+            "experts on the CPU are computed by torch's products, at a third of the speed or less:"
+            " install a C compiler (apt install gcc), then requant again"
+        )
     if found["torch int4 on CPU"] != "yes":
         lines.append(
             "torch has no int4 product for this CPU: experts are dequantised per use, which is"
@@ -87,6 +94,11 @@ def _no_gpu() -> str:
             " install torch's CUDA build"
         )
     return "no GPU was found: see that nvidia-smi lists it and that its driver is new enough"
+
+
+def _expert_kernel() -> str:
+    found = find()
+    return f"torch's products; no native kernel: {found}" if isinstance(found, str) else found.name
 
 
 def _int4_works() -> bool:

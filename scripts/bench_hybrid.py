@@ -31,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from pipeline.hybrid.decode import Decoder
-from pipeline.hybrid.placing import ROADS, cpu_rate
+from pipeline.hybrid.placing import ROADS
+from pipeline.hybrid.probe import cpu_rate
 from pipeline.hybrid.records import host_memory
 from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.runtime import connect

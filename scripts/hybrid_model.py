@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from pipeline.hybrid.backends import BACKENDS
 from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import ROADS, Road
-from pipeline.hybrid.records import Layout, Records, host_memory, layout_of
+from pipeline.hybrid.records import Layout, Records, empty, host_memory, layout_of
 from pipeline.hybrid.split import DeviceRoad, SplitExperts
 from pipeline.hybrid.stored import to_matrices
 from pipeline.models.skeleton import build_skeleton, model_config, rotary_embedding
@@ -106,29 +107,40 @@ def _fill(model: PreTrainedModel, device: torch.device) -> None:
 
 def _all(
     block: Records, layers: int, shares: Shares, device: torch.device
-) -> list[SplitExperts | HybridExperts]:
+) -> list[SplitExperts | HybridExperts | NativeExperts]:
     for name in BACKENDS:
         BACKENDS[name]  # imported at first use, which threads must not do side by side
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda number: _layer(block, number, shares, device), range(layers)))
 
 
+def _on_cpu(block: Records, count: int) -> HybridExperts | NativeExperts:
+    """By the kernel that `load` would choose."""
+    wide, narrow = Records(block.layout, block.data[:1]).unpack()
+    library = kernel_for(wide, narrow, torch.bfloat16)
+    if library is not None:
+        records = empty(block.layout, count, torch.device("cpu"), large_pages=library.large_pages)
+        records.data.copy_(block.data[:count])
+        return NativeExperts(library, records)
+    some = Records(block.layout, block.data[:count]).unpack()
+    gate_up, down = (to_matrices(q, torch.bfloat16)[1] for q in some)
+    return HybridExperts(gate_up, down, count, nn.functional.silu)
+
+
 def _layer(
     block: Records, number: int, shares: Shares, device: torch.device
-) -> SplitExperts | HybridExperts:
+) -> SplitExperts | HybridExperts | NativeExperts:
     mixed = torch.randperm(block.count, generator=torch.Generator().manual_seed(number))
     order, start = mixed.tolist(), 0
     roads: dict[Road, DeviceRoad] = {}
-    cpu = None
+    cpu: tuple[list[int], HybridExperts | NativeExperts] | None = None
     for road in ROADS:
         count = round(shares.get(road, 0.0) * block.count)
         members, start = order[start : start + count], start + count
         if not members:
             continue
         if road == "cpu":
-            some = Records(block.layout, block.data[:count]).unpack()
-            wide, narrow = (to_matrices(q, torch.bfloat16)[1] for q in some)
-            cpu = members, HybridExperts(wide, narrow, count, nn.functional.silu)
+            cpu = members, _on_cpu(block, count)
         elif road == "resident":
             roads[road] = DeviceRoad(members, Records(block.layout, block.data[:count].to(device)))
         else:

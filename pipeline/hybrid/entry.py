@@ -26,6 +26,7 @@ def from_pretrained(
     dtype: torch.dtype = torch.bfloat16,
     placement: str = "cpu",
     follow_use: bool = True,
+    native: bool = True,
 ) -> PreTrainedModel:
     """`load` in transformers' words.
 
@@ -55,6 +56,7 @@ def from_pretrained(
         dtype=dtype,
         placement=placement,
         follow_use=follow_use,
+        native=native,
     )
 
 
@@ -65,6 +67,7 @@ def place(
     device: torch.device | str | None = None,
     placement: str = "cpu",
     follow_use: bool = True,
+    native: bool = True,
 ) -> PreTrainedModel:
     """Turn a model that was loaded from one of our directories, dense or hybrid, into a hybrid one
     of this placement, in place; returns it.
@@ -84,6 +87,7 @@ def place(
         dtype=dtype,
         placement=placement,
         follow_use=follow_use,
+        native=native,
     )
     if type(new) is not type(model):
         raise UserError(f"place: {path} holds a {type(new).__name__}, not {type(model).__name__}")

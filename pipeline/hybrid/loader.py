@@ -25,6 +25,7 @@ from pipeline.checkpoint.names import expert_of, natural
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.modules import QuantizedLinear
+from pipeline.hybrid.native.library import find
 from pipeline.hybrid.placing import Table, as_copies, count
 from pipeline.hybrid.roads import check_memory, choose, kernels_fail, known_use
 from pipeline.hybrid.routed import RoutedExperts
@@ -55,6 +56,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     placement: str = "cpu",
     follow_use: bool = True,
+    native: bool = True,
 ) -> PreTrainedModel:
     """Load a directory for inference; `generate`, `forward` and the rest work as usual.
 
@@ -71,6 +73,9 @@ def load(
     follow_use: resident experts are copies of zero-copy ones, and change with use while the model
     decodes on a GPU; False: the table stays as it is chosen, for timings that can be repeated.
 
+    native: the CPU computes experts by the compiled kernel where that was built and can; False: by
+    torch's own products.
+
     The model gains `hybrid_placement` (where things are, bytes, back ends, load seconds, and
     remarks: what is also logged, once per process, of a GPU or kernels that are missing) and
     `hybrid_quantization` (config.json's quantization_config, which transformers must not see).
@@ -85,7 +90,7 @@ def load(
     target = _choose_device(device)
     remarks = [NO_GPU] if device is None and target.type == "cpu" else []
     checkpoint = Checkpoint.open(path)
-    loader = _Loader(checkpoint, target, dtype, follow_use and target.type == "cuda")
+    loader = _Loader(checkpoint, target, dtype, follow_use and target.type == "cuda", native)
     need = loader.check_memory(limit)
     remarks += loader.choose_roads(
         placement, need, limit, None if host_memory is None else parse_size(host_memory)
@@ -113,10 +118,16 @@ class _Loader:
     """One load: the skeleton being filled, and what is counted on the way."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, follow_use: bool
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        follow_use: bool,
+        native: bool,
     ) -> None:
         self.checkpoint = checkpoint
         self._follow_use = follow_use
+        self._native = native
         self._copies: dict[int, list[int]] = {}
         self.device = device
         self.dtype = dtype
@@ -132,7 +143,9 @@ class _Loader:
         self._rounded: list[str] = []
         self._roads: Table = {}
         self._homes: Table = {}
-        self._experts = RoutedExperts(checkpoint, self.architecture, self.geometry, device, dtype)
+        self._experts = RoutedExperts(
+            checkpoint, self.architecture, self.geometry, device, dtype, native=native
+        )
         self._by_road: Counter[str] = Counter()
 
     def _sort_weights(self) -> None:
@@ -177,12 +190,16 @@ class _Loader:
         """
         where = str(self.checkpoint.path)
         layers = self._layer_experts()
-        self._roads, remarks = choose(placement, layers, self.device, need, limit)
+        self._roads, remarks = choose(placement, layers, self.device, need, limit, self._native)
         check_memory(self._roads, layers, need, limit, host, where)
         self._homes = self._roads
         if self._follow_use:
             self._copies, self._homes = as_copies(self._roads, layers)
             check_memory(self._homes, layers, need, limit, host, where)
+        missing = find()
+        on_cpu = any("cpu" in roads for roads in self._homes.values())
+        if on_cpu and self._native and self.dtype == torch.bfloat16 and isinstance(missing, str):
+            remarks.append(f"no native kernel, torch's products compute experts: {missing}")
         return remarks
 
     def _layer_experts(self) -> dict[int, LayerExperts]:

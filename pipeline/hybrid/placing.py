@@ -7,12 +7,9 @@ cpu       in host memory, computed by the CPU
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
-
-import torch
 
 from pipeline.checkpoint.shard_map import LayerExperts, fill
 from pipeline.errors import UserError
@@ -98,38 +95,6 @@ def count(table: Table) -> dict[str, dict[str, int]]:
         str(layer): {road: roads.count(road) for road in ROADS if road in roads}
         for layer, roads in table.items()
     }
-
-
-def probe(device: torch.device, nbytes: int = 1 << 27) -> Rates:
-    """Measure copies from pinned memory and the CPU's int4 product, in some tenths of a second.
-
-    The product is timed on matrices of one row of tokens that no cache holds, 512 x 2048 each.
-    """
-    pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    seconds = []
-    for _ in range(3):
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        target.copy_(pinned, non_blocking=True)
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return Rates(pcie=nbytes / min(seconds), cpu=cpu_rate(nbytes))
-
-
-def cpu_rate(nbytes: int) -> float:
-    """Bytes per second of torch's int4 product over matrices of `nbytes` in all."""
-    matrices = max(1, nbytes >> 19)
-    packed = torch.randint(0, 256, (matrices, 512, 1024), dtype=torch.uint8)
-    pairs = torch.ones((16, 512, 2), dtype=torch.bfloat16)
-    x = torch.ones((1, 2048), dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(2):
-        started = time.perf_counter()
-        for matrix in packed:
-            torch.ops.aten._weight_int4pack_mm_for_cpu(x, matrix, 128, pairs)
-        seconds.append(time.perf_counter() - started)
-    return packed.nbytes / min(seconds)
 
 
 def _parse(request: str) -> list[tuple[Road, float]]:

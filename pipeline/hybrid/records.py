@@ -10,6 +10,7 @@ wide loads over PCIe as well.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -145,10 +146,22 @@ def layout_of(gate_up: QuantizedTensor, down: QuantizedTensor) -> Layout:
     return Layout(first, _part(down, _up(first.end)))
 
 
-def empty(layout: Layout, count: int, device: torch.device, *, pin: bool = False) -> Records:
-    """Room for so many records; RuntimeError where there is none, or none can be pinned."""
+def empty(
+    layout: Layout,
+    count: int,
+    device: torch.device,
+    *,
+    pin: bool = False,
+    large_pages: Callable[[int, int], None] | None = None,
+) -> Records:
+    """Room for so many records; RuntimeError where there is none, or none can be pinned.
+
+    large_pages: on the CPU, called with the room's address and bytes before anything is there.
+    """
     if device.type == "cpu":
         data = host_memory(count * layout.nbytes, pin=pin)
+        if large_pages is not None:
+            large_pages(data.data_ptr(), data.nbytes)
     else:
         data = torch.empty(count * layout.nbytes, dtype=torch.uint8, device=device)
     return Records(layout, data.view(count, layout.nbytes))

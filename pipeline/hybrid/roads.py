@@ -12,7 +12,8 @@ import torch
 
 from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, Reserve, read_shard_map
 from pipeline.errors import ResourceError, UserError
-from pipeline.hybrid.placing import Table, by_policy, by_request, probe
+from pipeline.hybrid.placing import Table, by_policy, by_request
+from pipeline.hybrid.probe import probe
 
 _SHARES = 10**9
 """Shares in a shard map have nine digits; as whole numbers they count as calls."""
@@ -33,10 +34,11 @@ def choose(
     device: torch.device,
     need: int,
     limit: int | None,
+    native: bool = True,
 ) -> tuple[Table, list[str]]:
     """The table that `placement` asks for; "auto" without a GPU is the CPU for all.
 
-    need: bytes on the device beside experts; limit: bytes allowed there.
+    need: bytes on the device beside experts; limit: bytes allowed there; native: see `load`.
     Also returns what is to be said of it: that kernels which were asked for do not work.
     Raises UserError for a request that is unknown or needs a GPU where there is none.
     """
@@ -54,7 +56,7 @@ def choose(
         return table, []
     free, _ = torch.cuda.mem_get_info(device)
     room = (free if limit is None else min(free, limit)) - need - Reserve().total
-    return by_policy(layers, room, probe(device)), []
+    return by_policy(layers, room, probe(device, native)), []
 
 
 def check_memory(

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from torch import nn
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, ResourceError
 from pipeline.hybrid.backends import BACKENDS
 from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.native.experts import NativeExperts, kernel_for
+from pipeline.hybrid.native.library import Library
 from pipeline.hybrid.placing import ROADS, Road, Table
 from pipeline.hybrid.records import Records, empty, pack
 from pipeline.hybrid.stored import pair_rows, to_matrices
@@ -48,7 +51,7 @@ class Filled:
     """A layer's experts module, and what is to be reported of it."""
 
     layer: int
-    module: HybridExperts | SplitExperts
+    module: HybridExperts | NativeExperts | SplitExperts
     by_road: Mapping[str, int]
     """Road -> bytes."""
     backends: Counter[str]
@@ -66,13 +69,16 @@ class RoutedExperts:
         geometry: Geometry,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        native: bool,
     ) -> None:
-        """device: where all but experts is; dtype: of activations."""
+        """device: where all but experts is; dtype: of activations; native: see `hybrid.load`."""
         self._checkpoint = checkpoint
         self._architecture = architecture
         self._geometry = geometry
         self._device = device
         self._dtype = dtype
+        self._native = native and architecture.activation is nn.functional.silu
         self._held = 0
 
     def fill(self, homes: Table) -> Iterator[Filled]:
@@ -118,11 +124,7 @@ class RoutedExperts:
         rounded: list[str] = []
         cpu = None
         if mine := members["cpu"]:
-            packed = [to_matrices(q, self._dtype) for q in self._read(layer, mine, "cpu")]
-            backends.update(name for name, _ in packed)
-            wide, narrow = (matrices for _, matrices in packed)
-            rounded += [self._name(layer)] * (wide.rounded_scales + narrow.rounded_scales)
-            cpu = mine, HybridExperts(wide, narrow, len(mine), self._architecture.activation)
+            cpu = mine, self._on_cpu(layer, mine, backends, rounded)
         if cpu is not None and len(mine) == len(roads):
             self._held += cpu[1].nbytes
             return Filled(layer, cpu[1], {"cpu": cpu[1].nbytes}, backends, rounded)
@@ -138,6 +140,21 @@ class RoutedExperts:
         )
         self._held += mixed.nbytes
         return Filled(layer, mixed, mixed.bytes_by_road(), backends, rounded)
+
+    def _on_cpu(
+        self, layer: int, mine: list[int], backends: Counter[str], rounded: list[str]
+    ) -> HybridExperts | NativeExperts:
+        """Some of a layer's experts for the CPU, as records or else for torch's products."""
+        if self._native:
+            kernel = kernel_for(*self._read(layer, mine[:1], "cpu"), self._dtype)
+            if kernel is not None:
+                backends[kernel.name] += 2
+                return NativeExperts(kernel, self._records(layer, mine, "cpu", kernel))
+        packed = [to_matrices(q, self._dtype) for q in self._read(layer, mine, "cpu")]
+        backends.update(name for name, _ in packed)
+        wide, narrow = (matrices for _, matrices in packed)
+        rounded += [self._name(layer)] * (wide.rounded_scales + narrow.rounded_scales)
+        return HybridExperts(wide, narrow, len(mine), self._architecture.activation)
 
     def _read(
         self, layer: int, experts: Sequence[int], device: torch.device | str
@@ -160,7 +177,9 @@ class RoutedExperts:
         gate_up = pair_rows(read((architecture.gate, architecture.up), wide))
         return gate_up, read((architecture.down,), narrow)
 
-    def _records(self, layer: int, experts: list[int], road: str) -> Records:
+    def _records(
+        self, layer: int, experts: list[int], road: str, kernel: Library | None = None
+    ) -> Records:
         """Some of a layer's experts where `road` wants them, laid out anew on the device, which is
         quick there, some at a time, which takes little of its memory."""
         pin = self._device.type == "cuda" and road == "zero-copy"
@@ -171,7 +190,8 @@ class RoutedExperts:
             if records is None:
                 try:
                     where = self._device if road == "resident" else torch.device("cpu")
-                    records = empty(some.layout, len(experts), where, pin=pin)
+                    pages = None if kernel is None else kernel.large_pages
+                    records = empty(some.layout, len(experts), where, pin=pin, large_pages=pages)
                 except RuntimeError as error:
                     raise self._no_memory(road) from error
             records.data[first : first + some.count].copy_(some.data)
@@ -195,6 +215,8 @@ class RoutedExperts:
         if road == "resident":
             where = f"{self._checkpoint.path}: no room on {self._device}"
             return ResourceError(f"{where} behind {held}: make fewer resident")
+        if road == "cpu":
+            return ResourceError(f"{self._checkpoint.path}: no more RAM behind {held}: free some")
         return PinningError(
             f"{self._checkpoint.path}: no more RAM can be pinned behind {held}: "
             "raise the limit of locked memory (ulimit -l), or use placement cpu"

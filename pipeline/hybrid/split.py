@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.hybrid.grouped import Groups, grouped
 from pipeline.hybrid.matvec import down, gate_up
 from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.native.experts import NativeExperts
 from pipeline.hybrid.placing import ROADS, Road
 from pipeline.hybrid.records import Records
 from pipeline.hybrid.stream import Stream
@@ -39,7 +40,7 @@ class SplitExperts(nn.Module):
     def __init__(
         self,
         roads: Mapping[Road, DeviceRoad],
-        cpu: tuple[Sequence[int], HybridExperts] | None,
+        cpu: tuple[Sequence[int], HybridExperts | NativeExperts] | None,
         experts: int,
         activation: Callable[[Tensor], Tensor],
         device: torch.device,
@@ -167,7 +168,7 @@ class SplitExperts(nn.Module):
 class HostRoad(nn.Module):
     """The experts of a layer that the CPU computes."""
 
-    def __init__(self, experts: HybridExperts, places: Tensor) -> None:
+    def __init__(self, experts: HybridExperts | NativeExperts, places: Tensor) -> None:
         """places: int64 [experts of the layer], each one's number in `experts` or its count."""
         super().__init__()
         self.experts = experts

@@ -41,6 +41,7 @@ def revalidate(
     announce: Callable[[str], None],
     *,
     placement: str = "cpu",
+    native: bool = True,
     threads: int | None = None,
     keep: bool = True,
 ) -> dict[str, Any]:
@@ -48,9 +49,9 @@ def revalidate(
 
     `source`: stream this checkpoint anew for the predictions to compare with; without it the
     model's own record serves.  `text`: what to measure on (with `source` only).  `reference`:
-    stream this one too, the original that the source was made from.  `placement`: see
-    `hybrid.load`.  `threads`: CPU threads, in place of those of the model's recipe.  `keep`: false
-    leaves the model untouched.
+    stream this one too, the original that the source was made from.  `placement`,
+    `native`: see `hybrid.load`.  `threads`: CPU threads, in place of those of the model's recipe.
+    `keep`: false leaves the model untouched.
     """
     if not model.is_dir():
         raise CheckpointError(f"{model} is not a directory")
@@ -74,6 +75,7 @@ def revalidate(
         model,
         device_memory=memory,
         placement=placement,
+        native=native,
         thresholds=_thresholds(model, recipe),
         reference=against,
         original=further,

@@ -23,6 +23,7 @@ from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.evaluate.metrics import compare_each
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.speed import measure, reset_peaks, timed
+from pipeline.hybrid.native.library import name as kernel_name
 from pipeline.hybrid.use import UseCounter
 from pipeline.progress import size
 from pipeline.quantize.precision import float32_products
@@ -144,6 +145,7 @@ def validate_model(
     device_memory: int,
     thresholds: Mapping[str, float | None],
     placement: str = "cpu",
+    native: bool = True,
     reference: Reference | None = None,
     original: tuple[str, Reference] | None = None,
     progress: Callable[[str], None] = lambda _message: None,
@@ -153,7 +155,7 @@ def validate_model(
 
     `original`: name and predictions, on the same windows, of what the source was made from; without
     it that record serves too, if there is one and `reference` is not given.  `estimate`: what the
-    plan said that this would take.  `placement`: see `hybrid.load`.  Returns the report.
+    plan said that this would take.  `placement`, `native`: see `hybrid.load`.  Returns the report.
 
     Raises CheckpointError when there is no record.
     """
@@ -172,7 +174,7 @@ def validate_model(
     reset_peaks()  # a conversion in the same process is no part of the result
     progress("loading the model")
     loaded, load_seconds = timed(
-        lambda: hybrid.load(model, device_memory=device_memory, placement=placement)
+        lambda: hybrid.load(model, device_memory=device_memory, placement=placement, native=native)
     )
     references = [reference] if original is None else [reference, original[1]]
     counter = UseCounter(loaded)
@@ -201,7 +203,7 @@ def validate_model(
         "baseline": conversion.get("baseline", "the reference's source"),
         "text": dict(reference.labels),
         "machine": machine(),
-        "question": _question(model, device_memory, placement),
+        "question": _question(model, device_memory, placement, native),
     }
     return with_digest(report | verdict(report, thresholds))
 
@@ -232,7 +234,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _question(model: Path, device_memory: int, placement: str = "cpu") -> dict[str, Any]:
+def _question(
+    model: Path, device_memory: int, placement: str = "cpu", native: bool = True
+) -> dict[str, Any]:
     """What was measured on what: equal questions need no second measurement."""
     sums = model / "SHA256SUMS"
     identity = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None
@@ -240,6 +244,7 @@ def _question(model: Path, device_memory: int, placement: str = "cpu") -> dict[s
         "sums": identity,
         "device_memory": device_memory,
         "placement": placement,
+        "cpu_kernel": kernel_name() if native else "not asked for",
         "machine": machine(),
     }
 

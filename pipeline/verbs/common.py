@@ -48,6 +48,10 @@ Memory = Annotated[str, typer.Option(help="GPU memory that may be used, such as 
 Placement = Annotated[
     str, typer.Option(help="cpu, resident, zero-copy, auto, or parts: zero-copy:0.5,cpu:0.5")
 ]
+Native = Annotated[
+    bool,
+    typer.Option(help="compute experts on the CPU by the compiled kernel, if there, or by torch"),
+]
 
 
 @app.callback(invoke_without_command=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import CheckpointError, OutputError
-from pipeline.verbs.common import Json, Memory, Model, Placement, announce, app, finish
+from pipeline.verbs.common import Json, Memory, Model, Native, Placement, announce, app, finish
 
 
 @app.command()
@@ -23,6 +23,7 @@ def validate(
     ] = None,
     device_memory: Memory = "10GiB",
     placement: Placement = "cpu",
+    native: Native = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="copy of the report")] = None,
 ) -> None:
     """Measure perplexity, KL divergence, top-1 agreement and speed of a model, loaded hybrid.
@@ -43,7 +44,14 @@ def validate(
     if json_file is not None and not json_file.parent.is_dir():
         raise OutputError(f"{json_file.parent}, where the report is to go, is not a directory")
     report = revalidate(
-        model, source, text, reference, device_memory, announce, placement=placement
+        model,
+        source,
+        text,
+        reference,
+        device_memory,
+        announce,
+        placement=placement,
+        native=native,
     )
     if json_file is not None:
         write_json(json_file, report)
@@ -105,6 +113,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 100,
     device_memory: Memory = "10GiB",
     placement: Placement = "cpu",
+    native: Native = True,
     stats: Annotated[
         bool, typer.Option("--stats", help="tell where experts were and how they were reached")
     ] = False,
@@ -136,6 +145,7 @@ def generate(
         placement,
         announce=announce,
         count_use=stats,
+        native=native,
     )
     typer.echo(f"\n{made.decode_rate:.1f} tokens/s", err=True)
     if stats:

@@ -5,6 +5,8 @@ by at most 1.5 times what bfloat16 costs the dequantised model itself, and the l
 be the same wherever float32 prefers it by more than that noise; perplexity is within 0.2 %.
 """
 
+import random
+
 import pytest
 import torch
 from hybrid_models import (
@@ -44,6 +46,17 @@ def test_trained_model_in_bfloat16(method, scheme, token_ids, tmp_path):
         exact = plain_model(out, state, torch.float32)(token_ids).logits
         rounded = plain_model(out, state, torch.bfloat16)(token_ids).logits
         got = hybrid.load(out, device="cpu")(token_ids).logits
+    judge(got, rounded, exact, token_ids)
+
+
+def test_trained_model_by_torchs_products(token_ids, tmp_path):
+    """Where the compiled kernel is missing, or is not wanted."""
+    out = write_output(TRAINED, tmp_path, AffineScheme(4, 128, random.random() < 0.5))
+    state = dequantised_state(out)
+    with torch.inference_mode():
+        exact = plain_model(out, state, torch.float32)(token_ids).logits
+        rounded = plain_model(out, state, torch.bfloat16)(token_ids).logits
+        got = hybrid.load(out, device="cpu", native=False)(token_ids).logits
     judge(got, rounded, exact, token_ids)
 
 

@@ -14,6 +14,8 @@ from pipeline import hybrid
 from pipeline.errors import CheckpointError, NumericalError, ResourceError, UserError
 from pipeline.hybrid import loader
 from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
+from pipeline.hybrid.native.experts import NativeExperts
+from pipeline.hybrid.native.library import find
 from pipeline.quantize.tensor import AffineScheme
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,19 +48,22 @@ def _ids(batch, length):
     return torch.randint(5, 512, (batch, length))
 
 
-def test_modules_and_placement(everything):
+@pytest.mark.parametrize("native", [True, False])
+def test_modules_and_placement(everything, native):
     before = dict(os.environ)
-    model = hybrid.load(everything, device_memory="10GiB", device="cpu")
+    model = hybrid.load(everything, device_memory="10GiB", device="cpu", native=native)
+    kernel = find() if native else "not asked for"
     assert dict(os.environ) == before
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     assert not any(t.requires_grad for t in model.parameters()) and not model.training
     kinds = [type(m) for m in model.modules()]
-    assert kinds.count(HybridExperts) == 2
+    assert kinds.count(HybridExperts if isinstance(kernel, str) else NativeExperts) == 2
     assert kinds.count(QuantizedLinear) == 2 + 4 + 3 * 2
     placement = model.hybrid_placement
     json.dumps(placement)
     assert placement["experts"] == {"0": "cpu", "1": "cpu"}
-    assert placement["backends"] == {"experts": {"int4pack": 4}, "linears": {"int4pack": 12}}
+    name = "int4pack" if isinstance(kernel, str) else kernel.name
+    assert placement["backends"] == {"experts": {name: 4}, "linears": {"int4pack": 12}}
     codes = 2 * 8 * 3 * 128 * 128 // 2
     assert codes < placement["bytes"]["experts"] < codes * 1.3  # held once, in 4 bits
     assert placement["device_memory_limit"] == 10 * 2**30 and placement["load_seconds"] > 0
@@ -142,8 +147,8 @@ def test_foreign_scales_are_told_once(damaged, caplog):
     save_file(tensors, damaged / LAYER)
     loader._tell.cache_clear()  # other tests have loaded models before
     with caplog.at_level(logging.WARNING, "pipeline.hybrid"):
-        hybrid.load(damaged)
-        hybrid.load(damaged)
+        hybrid.load(damaged, native=False)
+        hybrid.load(damaged, native=False)
     told = [r.getMessage() for r in caplog.records]
     assert sum("rounded to bfloat16" in line for line in told) == 1
     assert sum("no GPU" in line for line in told) == (not torch.cuda.is_available())
@@ -233,3 +238,22 @@ def _edit_json(path, change):
     table = json.loads(path.read_text())
     change(table)
     path.write_text(json.dumps(table))
+
+
+def test_without_the_compiled_kernel(experts_only, monkeypatch, caplog):
+    """torch's products serve, which is said, once, and not where they were asked for."""
+    ids = _ids(2, 9)
+    with torch.inference_mode():
+        want = hybrid.load(experts_only, device="cpu")(ids).logits
+    loader._tell.cache_clear()
+    for module in ("loader", "native.experts"):
+        monkeypatch.setattr(f"pipeline.hybrid.{module}.find", lambda: "it was not built")
+    model = hybrid.load(experts_only, device="cpu")
+    assert model.hybrid_placement["backends"]["experts"] == {"int4pack": 4}
+    assert [r for r in model.hybrid_placement["remarks"] if "it was not built" in r]
+    hybrid.load(experts_only, device="cpu")
+    assert sum("no native kernel" in record.message for record in caplog.records) == 1
+    for quiet in ({"native": False}, {"dtype": torch.float32}):
+        assert not hybrid.load(experts_only, device="cpu", **quiet).hybrid_placement["remarks"]
+    with torch.inference_mode():
+        assert (model(ids).logits - want).norm() < 0.1 * want.norm()

@@ -10,7 +10,8 @@ from pipeline import hybrid
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import ResourceError, UserError
 from pipeline.hybrid.modules import HybridExperts
-from pipeline.hybrid.placing import Rates, as_copies, by_policy, by_request, count, cpu_rate
+from pipeline.hybrid.placing import Rates, as_copies, by_policy, by_request, count
+from pipeline.hybrid.probe import cpu_rate
 from pipeline.quantize.tensor import AffineScheme
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cpu_only")
@@ -98,8 +99,9 @@ def test_copies_have_a_home_in_pinned_memory():
     assert as_copies(whole, layers) == ({}, whole), "what is resident as a whole stays so"
 
 
-def test_the_cpus_rate_is_a_rate():
-    assert cpu_rate(1 << 21) > 0
+@pytest.mark.parametrize("native", [True, False])
+def test_the_cpus_rate_is_a_rate(native):
+    assert cpu_rate(1 << 21, native) > 0
 
 
 def test_from_pretrained(directory):

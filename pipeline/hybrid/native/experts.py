@@ -1,0 +1,106 @@
+"""The module that computes a layer's experts by the compiled kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.hybrid.native.library import Library, find, takes, threads
+from pipeline.hybrid.placing import ROADS
+from pipeline.hybrid.records import Records, layout_of, packable
+from pipeline.quantize.tensor import QuantizedTensor
+
+_NO_MEMORY, _NO_EXPERT = 1, 2
+"""Results of `requant_experts` in layer.c."""
+
+_ROOM = 1 << 26
+"""Bytes of products that wait to be added up; more tokens are taken in turns."""
+
+
+def kernel_for(
+    gate_up: QuantizedTensor, down: QuantizedTensor, dtype: torch.dtype
+) -> Library | None:
+    """The kernel, if it is there and can compute experts like those of the batch in that dtype."""
+    library = find()
+    if isinstance(library, str) or dtype != torch.bfloat16:
+        return None
+    if not all(packable(q.scheme, q.shape[-1]) for q in (gate_up, down)):
+        return None
+    layout = layout_of(gate_up, down)
+    return library if takes(layout.gate_up) and takes(layout.down) else None
+
+
+class NativeExperts(nn.Module):
+    """See `HybridExperts`, whose place this takes; for bfloat16 on the CPU, silu its activation.
+
+    Inputs are rounded to 15 bits of their largest element, sums are exact or float32, and gated
+    products are not rounded to bfloat16 on the way, so errors are below those of bfloat16.  A
+    token's result does not depend on the others of the call, nor on the number of threads.
+    """
+
+    def __init__(self, library: Library, records: Records) -> None:
+        """records: on the CPU; `library`: what `kernel_for` returned for such experts."""
+        super().__init__()
+        self.num_experts = records.count
+        self._library = library
+        self._records = records
+        self._addresses = records.addresses()
+        sizes = [
+            number
+            for part in (records.layout.gate_up, records.layout.down)
+            for number in (
+                part.rows,
+                part.columns,
+                part.group,
+                part.codes,
+                part.scales,
+                -1 if part.zero else part.zeros,
+                part.zero,
+            )
+        ]
+        self._sizes = torch.tensor(sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return self._records.nbytes
+
+    def roads(self, device: torch.device) -> Tensor:
+        """See `HybridExperts.roads`."""
+        return torch.full((self.num_experts,), ROADS.index("cpu"), device=device)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See `HybridExperts.forward`; IndexError for an index that is none."""
+        x = hidden_states.to("cpu", torch.bfloat16).contiguous()
+        index = top_k_index.to("cpu", torch.int64).contiguous()
+        weights = top_k_weights.to("cpu", torch.float32).contiguous()
+        output = torch.empty(x.shape, dtype=torch.float32)
+        tokens, hidden = x.shape
+        some = max(1, _ROOM // max(4 * hidden * index.shape[1], 1))
+        for first in range(0, tokens, some):
+            last = min(first + some, tokens)
+            self._compute(x[first:last], index[first:last], weights[first:last], output[first:last])
+        return output.to(hidden_states.device, hidden_states.dtype)
+
+    def _compute(self, x: Tensor, index: Tensor, weights: Tensor, output: Tensor) -> None:
+        failed = self._library.experts(
+            self._sizes.data_ptr(),
+            self._addresses.data_ptr(),
+            self.num_experts,
+            x.data_ptr(),
+            index.data_ptr(),
+            weights.data_ptr(),
+            *index.shape,
+            output.data_ptr(),
+            self._library.kind,
+            threads(),
+            self._library.parallel,
+        )
+        if failed == _NO_MEMORY:
+            raise MemoryError("no memory for the experts' products")
+        if failed == _NO_EXPERT:
+            raise IndexError(f"an expert's index is not within 0 and {self.num_experts}")
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"experts={self.num_experts}, device=cpu, bytes={self.nbytes:,}"

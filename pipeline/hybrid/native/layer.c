@@ -1,0 +1,308 @@
+/* A layer's routed experts in one call.
+ *
+ * Work is a row of tickets that threads draw: tokens become vectors, then come rows of gate and up
+ * of every chosen expert, rows of their down, and each token's sum.  A ticket may wait for earlier
+ * ones; those are in some running thread's hands, so however many threads there are, and one is
+ * enough, the waiting ends.  Each number is computed by one thread in a fixed order.
+ *
+ * Threads are those of torch's OpenMP runtime: a second pool would share the cores with it, whose
+ * threads spin for some time after each of torch's own products.
+ */
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "kernel.h"
+#include "vector.h"
+
+/* Tickets that each thread should find in a stage: fewer, and threads wait for the last one; more,
+ * and reads are so short that prefetchers hardly begin. */
+#define SHARES 8
+/* Rows of one ticket, at least and at most. */
+#define LEAST_ROWS 16
+#define MOST_ROWS 128
+/* Vectors that are multiplied between two writes of results. */
+#define AT_ONCE 32
+/* Tokens of one ticket that prepares or adds up. */
+#define TOKENS 4
+/* Rounds of spinning before a waiting thread offers its core to others. */
+#define PATIENCE 2000
+
+/* Results of `requant_experts`; library.py knows them. */
+enum { DONE = 0, NO_MEMORY = 1, NO_EXPERT = 2 };
+
+/* OpenMP's fork and join, as GCC compiles it; libgomp and LLVM's runtime both have it. */
+typedef void (*Parallel)(void (*)(void *), void *, unsigned threads, unsigned flags);
+
+typedef struct {
+    Matrix gate_up, down;
+    const uint64_t *records; /* address of each expert's */
+    int64_t experts;
+} Layer;
+
+typedef struct {
+    const Layer *layer;
+    Product product;
+    Prepare prepare;
+    Gate gate;
+    const uint16_t *x; /* bfloat16 [tokens, hidden] */
+    int64_t tokens, each, pairs;
+    const float *weights; /* [tokens, each] */
+    float *out;           /* [tokens, hidden] */
+    /* Pairs of token and expert, sorted by expert. */
+    int64_t used;           /* experts that were chosen */
+    int64_t *expert, *from; /* [used], [used + 1]: which, and its first pair */
+    int64_t *place;         /* [tokens, each]: the pair's number; -1: computed elsewhere */
+    Vector *vectors;        /* [tokens], then [pairs] of gated products */
+    const Vector **given;   /* [pairs]: the token's vector, then the pair's own */
+    float *inner, *part;    /* [pairs, inner], [pairs, hidden] */
+    /* Tickets of each stage, how rows are shared out, and what has been done. */
+    int64_t token_tickets, gate_parts, gate_rows, down_parts, down_rows;
+    atomic_long ticket, prepared, down_done, *parts_left, *ready;
+} Job;
+
+static inline void breathe(long round)
+{
+    if (round % PATIENCE == PATIENCE - 1) {
+        sched_yield();
+        return;
+    }
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void wait_for(atomic_long *count, long wanted)
+{
+    for (long round = 0; atomic_load_explicit(count, memory_order_acquire) < wanted; round++)
+        breathe(round);
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static void prepare_tokens(Job *job, int64_t number)
+{
+    const Matrix *m = &job->layer->gate_up;
+    int64_t end = least((number + 1) * TOKENS, job->tokens);
+    for (int64_t t = number * TOKENS; t < end; t++)
+        job->prepare(NULL, job->x + t * m->columns, m, &job->vectors[t]);
+    atomic_fetch_add_explicit(&job->prepared, 1, memory_order_release);
+}
+
+static const uint8_t *record_of(const Job *job, int64_t slot)
+{
+    return (const uint8_t *)(uintptr_t)job->layer->records[job->expert[slot]];
+}
+
+/* Some rows of one expert's gate and up; whoever comes last prepares the vectors for down. */
+static void gate_and_up(Job *job, int64_t number)
+{
+    const Matrix *m = &job->layer->gate_up, *next = &job->layer->down;
+    int64_t slot = number / job->gate_parts, inner = next->columns;
+    int64_t first = number % job->gate_parts * job->gate_rows;
+    int64_t rows = least(job->gate_rows, inner - first), end = job->from[slot + 1];
+    float gate[AT_ONCE * MOST_ROWS], up[AT_ONCE * MOST_ROWS];
+    wait_for(&job->prepared, job->token_tickets);
+    for (int64_t pair = job->from[slot]; pair < end; pair += AT_ONCE) {
+        int64_t some = least(AT_ONCE, end - pair);
+        const Vector *const *x = job->given + pair;
+        job->product(m, record_of(job, slot), first, rows, x, some, gate, MOST_ROWS);
+        job->product(m, record_of(job, slot), inner + first, rows, x, some, up, MOST_ROWS);
+        for (int64_t t = 0; t < some; t++)
+            job->gate(gate + t * MOST_ROWS, up + t * MOST_ROWS, rows,
+                      job->inner + (pair + t) * inner + first);
+    }
+    if (atomic_fetch_sub_explicit(&job->parts_left[slot], 1, memory_order_acq_rel) > 1) return;
+    for (int64_t pair = job->from[slot]; pair < end; pair++)
+        job->prepare(job->inner + pair * inner, NULL, next, &job->vectors[job->tokens + pair]);
+    atomic_store_explicit(&job->ready[slot], 1, memory_order_release);
+}
+
+/* Some rows of one expert's down. */
+static void down(Job *job, int64_t number)
+{
+    const Matrix *m = &job->layer->down;
+    int64_t slot = number / job->down_parts, first = number % job->down_parts * job->down_rows;
+    int64_t pair = job->from[slot], count = job->from[slot + 1] - pair;
+    wait_for(&job->ready[slot], 1);
+    job->product(m, record_of(job, slot), first, least(job->down_rows, m->rows - first),
+                 job->given + job->pairs + pair, count, job->part + pair * m->rows + first, m->rows);
+    atomic_fetch_add_explicit(&job->down_done, 1, memory_order_release);
+}
+
+/* Each token's sum, in the order of its choices. */
+static void add_up(Job *job, int64_t number)
+{
+    int64_t hidden = job->layer->down.rows, end = least((number + 1) * TOKENS, job->tokens);
+    wait_for(&job->down_done, job->used * job->down_parts);
+    for (int64_t t = number * TOKENS; t < end; t++) {
+        float *out = job->out + t * hidden;
+        memset(out, 0, (size_t)hidden * sizeof *out);
+        for (int64_t i = t * job->each; i < (t + 1) * job->each; i++) {
+            if (job->place[i] < 0) continue;
+            const float *part = job->part + job->place[i] * hidden;
+            for (int64_t h = 0; h < hidden; h++) out[h] += job->weights[i] * part[h];
+        }
+    }
+}
+
+static void work(void *argument)
+{
+    Job *job = argument;
+    int64_t wide = job->used * job->gate_parts, narrow = job->used * job->down_parts;
+    for (;;) {
+        int64_t number = atomic_fetch_add_explicit(&job->ticket, 1, memory_order_relaxed);
+        if (number < job->token_tickets)
+            prepare_tokens(job, number);
+        else if ((number -= job->token_tickets) < wide)
+            gate_and_up(job, number);
+        else if ((number -= wide) < narrow)
+            down(job, number);
+        else if ((number -= narrow) < job->token_tickets)
+            add_up(job, number);
+        else
+            return;
+    }
+}
+
+/* How many rows make a ticket, and how many of those an expert's `rows` are. */
+static void share_out(int64_t rows, int64_t used, int64_t threads, int64_t *each, int64_t *parts)
+{
+    int64_t wanted = used ? (SHARES * threads + used - 1) / used : 1;
+    int64_t some = (rows / wanted + 7) / 8 * 8;
+    *each = some < LEAST_ROWS ? LEAST_ROWS : least(some, MOST_ROWS);
+    *parts = (rows + *each - 1) / *each;
+}
+
+/* A piece of the room for a call, in cache lines of its own; counts only while `room` is NULL. */
+static void *take(uint8_t *room, size_t *used, size_t bytes)
+{
+    void *piece = room ? room + *used : NULL;
+    *used += (bytes + 63) / 64 * 64;
+    return piece;
+}
+
+/* Give every array of the job its place in `room`; returns the bytes that takes. */
+static size_t lay_out(Job *job, uint8_t *room)
+{
+    const Matrix *wide = &job->layer->gate_up, *narrow = &job->layer->down;
+    size_t used = 0, pairs = (size_t)job->pairs, tokens = (size_t)job->tokens;
+    size_t slots = (size_t)least(job->layer->experts, job->pairs);
+    job->expert = take(room, &used, slots * sizeof(int64_t));
+    job->from = take(room, &used, (slots + 1) * sizeof(int64_t));
+    job->parts_left = take(room, &used, slots * sizeof(atomic_long));
+    job->ready = take(room, &used, slots * sizeof(atomic_long));
+    job->place = take(room, &used, pairs * sizeof(int64_t));
+    job->vectors = take(room, &used, (tokens + pairs) * sizeof(Vector));
+    job->given = take(room, &used, 2 * pairs * sizeof(Vector *));
+    job->inner = take(room, &used, pairs * (size_t)narrow->columns * sizeof(float));
+    job->part = take(room, &used, pairs * (size_t)narrow->rows * sizeof(float));
+    for (size_t i = 0; i < tokens + pairs; i++) {
+        const Matrix *m = i < tokens ? wide : narrow;
+        size_t sums = (size_t)(groups_of(m) + 15) / 16 * 16;
+        int8_t *planes = take(room, &used, (size_t)blocks_of(m) * 4 * BLOCK);
+        float *its = take(room, &used, sums * sizeof(float));
+        if (room) job->vectors[i].planes = planes, job->vectors[i].sums = its;
+    }
+    return used;
+}
+
+/* Sort the pairs by expert; `count` [experts + 1] is scratch.  An index of `experts` stands for one
+ * that is computed elsewhere, and is left out. */
+static void sort_pairs(Job *job, const int64_t *index, int64_t *count)
+{
+    int64_t experts = job->layer->experts, start = 0;
+    memset(count, 0, (size_t)(experts + 1) * sizeof *count);
+    for (int64_t i = 0; i < job->pairs; i++) count[index[i]]++;
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t its = count[e];
+        count[e] = start;
+        if (!its) continue;
+        job->expert[job->used] = e;
+        job->from[job->used++] = start;
+        start += its;
+    }
+    job->from[job->used] = start;
+    for (int64_t i = 0; i < job->pairs; i++) {
+        int64_t at = job->place[i] = index[i] == experts ? -1 : count[index[i]]++;
+        if (at < 0) continue;
+        job->given[at] = &job->vectors[i / job->each];
+        job->given[job->pairs + at] = &job->vectors[job->tokens + at];
+    }
+}
+
+/* The best kernel that this processor has: 2 AVX512 VNNI, 1 AVX2, 0 plain C. */
+int requant_best(void)
+{
+#ifdef X86
+    __builtin_cpu_init();
+    int two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+    if (two && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni"))
+        return 2;
+    return two;
+#else
+    return 0;
+#endif
+}
+
+/* out [tokens, hidden] = sum over the `each` chosen experts of weight * down(silu(gate) * up).
+ *
+ * sizes: rows, columns, group, and offsets of codes, scales and zeros (-1: none) and the zero, of
+ * gate_up, then of down.  kernel: at most `requant_best()`.  parallel: GOMP_parallel; not called
+ * where one thread is asked for. */
+int requant_experts(const int64_t *sizes, const uint64_t *records, int64_t experts,
+                    const uint16_t *x, const int64_t *index, const float *weights, int64_t tokens,
+                    int64_t each, float *out, int kernel, int64_t threads, Parallel parallel)
+{
+    Layer layer = {.records = records, .experts = experts};
+    memcpy(&layer.gate_up, sizes, sizeof(Matrix));
+    memcpy(&layer.down, sizes + sizeof(Matrix) / sizeof *sizes, sizeof(Matrix));
+    Job job = {.layer = &layer, .x = x, .tokens = tokens, .each = each, .pairs = tokens * each,
+               .weights = weights, .out = out};
+    job.product = product_portable, job.prepare = prepare_portable, job.gate = gate_portable;
+#ifdef X86
+    if (kernel == 1) job.product = product_avx2, job.prepare = prepare_avx2, job.gate = gate_avx2;
+    if (kernel == 2)
+        job.product = product_avx512, job.prepare = prepare_avx512, job.gate = gate_avx512;
+#endif
+    for (int64_t i = 0; i < job.pairs; i++)
+        if (index[i] < 0 || index[i] > experts) return NO_EXPERT;
+    size_t own = lay_out(&job, NULL), all = own;
+    take(NULL, &all, (size_t)(experts + 1) * sizeof(int64_t));
+    uint8_t *room = aligned_alloc(64, all);
+    if (!room) return NO_MEMORY;
+    lay_out(&job, room);
+    sort_pairs(&job, index, (int64_t *)(room + own));
+    job.token_tickets = (tokens + TOKENS - 1) / TOKENS;
+    share_out(layer.down.columns, job.used, threads, &job.gate_rows, &job.gate_parts);
+    share_out(layer.down.rows, job.used, threads, &job.down_rows, &job.down_parts);
+    for (int64_t slot = 0; slot < job.used; slot++) {
+        atomic_init(&job.parts_left[slot], job.gate_parts);
+        atomic_init(&job.ready[slot], 0);
+    }
+    if (threads > 1)
+        parallel(work, &job, (unsigned)threads, 0);
+    else
+        work(&job);
+    free(room);
+    return DONE;
+}
+
+/* Ask for large pages behind memory that nothing was written to yet: reading experts all over it
+ * goes through few of the processor's page table entries then.  Systems may decline. */
+void requant_large_pages(void *start, int64_t bytes)
+{
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    madvise(start, (size_t)bytes, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}

@@ -1,0 +1,93 @@
+"""The compiled kernel for experts on the CPU, found and loaded, or the reason why there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pipeline.hybrid.records import Part
+
+_KINDS = ("plain C", "AVX2", "AVX512 VNNI")
+"""By the numbers of `requant_best` in layer.c."""
+
+_MAX_GROUPS = 2048
+"""MAX_GROUPS in kernel.h."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The functions of layer.c, and what they are called with."""
+
+    experts: Callable[..., int]
+    large_pages: Callable[[int, int], None]
+    parallel: int
+    """Address of GOMP_parallel in the OpenMP runtime that torch uses."""
+    kind: int
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"native, {_KINDS[self.kind]}"
+
+
+@cache
+def find() -> Library | str:
+    """The kernel, or in a few words why it cannot be used here."""
+    files = (
+        Path(__file__).with_name(f"_kernel{s}") for s in importlib.machinery.EXTENSION_SUFFIXES
+    )
+    path = next((file for file in files if file.exists()), None)
+    if path is None:
+        return "it was not built, as no C compiler was found when requant was installed"
+    try:
+        found = ctypes.CDLL(str(path))
+        experts, large_pages = found.requant_experts, found.requant_large_pages
+        kind = int(found.requant_best())
+    except (OSError, AttributeError) as error:
+        return f"it cannot be loaded: {error}"
+    try:  # torch loads its runtime for all to see
+        parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except AttributeError:
+        return "torch was built with an OpenMP runtime that has no GOMP_parallel"
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    experts.argtypes = [
+        *(pointer, pointer, number, pointer, pointer, pointer, number, number, pointer),
+        *(ctypes.c_int, number, pointer),
+    ]
+    large_pages.argtypes, large_pages.restype = [pointer, number], None
+    return Library(experts, large_pages, parallel or 0, kind)
+
+
+def name() -> str:
+    """The kernel's, or "none" and why."""
+    found = find()
+    return f"none: {found}" if isinstance(found, str) else found.name
+
+
+def takes(part: Part) -> bool:
+    """Whether the kernel can multiply by such a matrix."""
+    whole = 128 % part.group == 0 or part.group % 128 == 0 or part.groups == 1
+    return part.paired and part.columns % 16 == 0 and whole and part.groups <= _MAX_GROUPS
+
+
+def threads() -> int:
+    """As many as torch uses; one in a forked child, where OpenMP's runtime has lost its threads."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked  # noqa: PLW0603 - a process is forked or not
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)

@@ -1,0 +1,94 @@
+"""How fast this machine's roads read experts, measured in some tenths of a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.hybrid.native.experts import NativeExperts, kernel_for
+from pipeline.hybrid.placing import Rates
+from pipeline.hybrid.records import Records, layout_of
+from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+
+_HIDDEN, _INNER, _GROUP = 2048, 512, 128
+"""Experts of Qwen3-Next-80B."""
+
+_TOP_K = 10
+
+_BESIDE = 0.2
+"""Seconds of copies that run while the CPU is measured; its part takes a tenth of that."""
+
+
+def probe(device: torch.device, native: bool = True, nbytes: int = 1 << 27) -> Rates:
+    """Measure copies from pinned memory, and, while such copies run, the CPU's products.
+
+    Both read the same memory, so that the CPU has what the copies leave.  native: see `load`.
+    """
+    pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    work, read = _products(nbytes, native)
+    seconds = []
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        target.copy_(pinned, non_blocking=True)
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    for _ in range(round(_BESIDE / min(seconds))):
+        target.copy_(pinned, non_blocking=True)
+    cpu = read / _best(work)
+    torch.cuda.synchronize(device)
+    return Rates(pcie=nbytes / min(seconds), cpu=cpu)
+
+
+def cpu_rate(nbytes: int, native: bool = True) -> float:
+    """Bytes per second at which the CPU's products read experts of `nbytes` in all."""
+    work, read = _products(nbytes, native)
+    return read / _best(work)
+
+
+def _best(work: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _products(nbytes: int, native: bool) -> tuple[Callable[[], None], int]:
+    """One token's products with experts that no cache holds, and the bytes they read: by the
+    kernel that will run, which is torch's, matrix by matrix, where there is none of our own."""
+    gate_up, down = _expert(2 * _INNER, _HIDDEN), _expert(_HIDDEN, _INNER)
+    library = kernel_for(gate_up, down, torch.bfloat16) if native else None
+    x = torch.ones((1, _HIDDEN), dtype=torch.bfloat16)
+    if library is None:
+        packed = torch.randint(0, 256, (max(1, nbytes >> 19), _INNER, _HIDDEN // 2)).byte()
+        pairs = torch.ones((_HIDDEN // _GROUP, _INNER, 2), dtype=torch.bfloat16)
+
+        def by_torch() -> None:
+            for matrix in packed:
+                torch.ops.aten._weight_int4pack_mm_for_cpu(x, matrix, _GROUP, pairs)
+
+        return by_torch, packed.nbytes
+    layout = layout_of(gate_up, down)
+    count = -(-nbytes // layout.nbytes // _TOP_K) * _TOP_K
+    experts = NativeExperts(library, Records(layout, torch.ones(count, layout.nbytes).byte()))
+    weights = torch.ones((1, _TOP_K))
+    chosen: list[Tensor] = list(torch.randperm(count).view(-1, 1, _TOP_K))
+
+    def by_kernel() -> None:
+        for index in chosen:
+            experts(x, index, weights)
+
+    return by_kernel, experts.nbytes
+
+
+def _expert(rows: int, columns: int) -> QuantizedTensor:
+    """Shapes of one, in four bits."""
+    groups = torch.ones((1, rows, columns // _GROUP))
+    arrays = {"codes": torch.ones((1, rows, columns)).byte(), "scales": groups.half()}
+    return QuantizedTensor(AffineScheme(4, _GROUP, True), {**arrays, "zeros": groups.byte()})
