@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline import hybrid
 from pipeline.calibration import load_tokenizer
 from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.native.experts import NativeExperts
 
 Trace = Sequence[Sequence[int]]
 """One layer: the experts of each token."""
@@ -37,7 +38,7 @@ def record(path: Path, text: Path, tokens: int, window: int) -> list[list[list[i
         return lambda _, inputs: trace.extend(inputs[1].tolist())
 
     for module in model.modules():
-        if isinstance(module, HybridExperts):
+        if isinstance(module, HybridExperts | NativeExperts):
             layers.append([])
             module.register_forward_pre_hook(noting(layers[-1]))
     with torch.inference_mode():

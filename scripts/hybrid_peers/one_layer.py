@@ -67,6 +67,8 @@ def ours(folder: Path, threads: int) -> Layer:
     """The CPU's road of the hybrid runtime."""
     from pipeline.checkpoint.formats.gptq import unpack
     from pipeline.hybrid.modules import HybridExperts
+    from pipeline.hybrid.native.experts import NativeExperts, kernel_for
+    from pipeline.hybrid.records import pack
     from pipeline.hybrid.stored import pair_rows, to_matrices
     from pipeline.quantize.tensor import AffineScheme
 
@@ -82,9 +84,12 @@ def ours(folder: Path, threads: int) -> Layer:
             }
             return unpack(parts, scheme)
 
-        wide = to_matrices(pair_rows(read("gate_proj", "up_proj")), torch.bfloat16)
-        narrow = to_matrices(read("down_proj"), torch.bfloat16)
-    return HybridExperts(wide[1], narrow[1], EXPERTS, torch.nn.functional.silu)
+        wide, narrow = pair_rows(read("gate_proj", "up_proj")), read("down_proj")
+    kernel = kernel_for(wide, narrow, torch.bfloat16)
+    if kernel is not None:
+        return NativeExperts(kernel, pack(wide, narrow))
+    gate_up, down = (to_matrices(q, torch.bfloat16)[1] for q in (wide, narrow))
+    return HybridExperts(gate_up, down, EXPERTS, torch.nn.functional.silu)
 
 
 def kt_kernel(folder: Path, threads: int) -> Layer:
