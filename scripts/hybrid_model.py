@@ -18,11 +18,11 @@ from pipeline.hybrid.backends import BACKENDS
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import ROADS, Road
-from pipeline.hybrid.records import Layout, Records, empty, host_memory, layout_of
+from pipeline.hybrid.records import Layout, Records, empty, host_memory, planned_layout
 from pipeline.hybrid.split import DeviceRoad, SplitExperts
 from pipeline.hybrid.stored import to_matrices
 from pipeline.models.skeleton import build_skeleton, model_config, rotary_embedding
-from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
+from pipeline.quantize.tensor import AffineScheme
 
 SCHEME = AffineScheme(4, 128, True)
 Shares = dict[Road, float]
@@ -75,18 +75,7 @@ def random_records(experts: int, hidden: int, inner: int, scheme: AffineScheme =
 
 def full_layout(hidden: int, inner: int, scheme: AffineScheme = SCHEME) -> Layout:
     """The record of one expert."""
-    shapes = (2 * inner, hidden), (hidden, inner)
-    wide, narrow = (_empty(1, rows, columns, scheme) for rows, columns in shapes)
-    return layout_of(wide, narrow)
-
-
-def _empty(count: int, rows: int, columns: int, scheme: AffineScheme) -> QuantizedTensor:
-    groups = columns // scheme.group_size
-    codes = torch.empty((count, rows, columns), dtype=torch.uint8)
-    scales = torch.empty((count, rows, groups), dtype=torch.float16)
-    return QuantizedTensor(
-        scheme, {"codes": codes, "scales": scales, "zeros": torch.empty_like(scales).byte()}
-    )
+    return planned_layout(scheme, scheme, hidden, inner)
 
 
 def _fill(model: PreTrainedModel, device: torch.device) -> None:

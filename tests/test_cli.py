@@ -226,13 +226,13 @@ def test_report_keys(finished):
 def test_validate(output, cli, tmp_path):
     file = tmp_path / "copy.json"
     before = json.loads((output / "report.json").read_text())
-    answer = cli("validate", output, "--device-memory", "1GiB", "--json", file)
+    answer = cli("validate", output, "--device-memory", "4GiB", "--json", file)
     assert answer.code == 0, answer.err
     report = json.loads(file.read_text())
     assert report == json.loads((output / "report.json").read_text())
     for key in ("source", "quantized", "kl_divergence"):
         assert report[key] == before[key]
-    assert report["placement"]["device_memory_limit"] == 1 << 30
+    assert report["placement"]["device_memory_limit"] == 4 << 30
     assert report["placement"]["use"] == {"0": {"cpu": 1.0}, "1": {"cpu": 1.0}}
     assert report["question"]["placement"] == report["placement"]["request"] == "cpu"
     assert cli("verify", output).code == 0  # a new report breaks no seal

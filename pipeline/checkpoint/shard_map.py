@@ -24,11 +24,11 @@ GPU_GIB = (8, 10, 16, 24, 48, 80)
 class Reserve:
     """Device memory that weights must leave free, in bytes."""
 
-    context: int = 768 << 20
-    """CUDA context, kernels' code and libraries' workspaces."""
-    workspace: int = 1 << 30
-    """Activations, and the staging buffers that experts pass through in prefill."""
-    cache: int = 512 << 20
+    context: int
+    """What the driver takes: context, code, kernels' local memory, page tables."""
+    workspace: int
+    """Activations, libraries' workspaces, and the buffers that experts pass through in prefill."""
+    cache: int
     """Keys, values and recurrent state of the sequence."""
 
     @property
@@ -132,10 +132,9 @@ def fill(free: int, layers: Mapping[int, LayerExperts]) -> dict[int, int]:
 def build_shard_map(
     files: Sequence[MappedFile],
     layers: Mapping[int, LayerExperts],
-    reserve: Reserve | None = None,
+    reserve: Reserve,
 ) -> dict[str, Any]:
     """Contents of shard_map.json; see the keys' own `about`."""
-    reserve = reserve or Reserve()
     nonexpert = sum(file.nbytes for file in files if file.kind == "nonexpert")
     return {
         "schema_version": SCHEMA_VERSION,

@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
+PREFILL_CHUNK = 4096
+"""Tokens of a prompt that go through the model at once."""
+
 
 class FixedAttention(StaticLayer):
     """Keys and values of one layer.
@@ -106,6 +109,23 @@ class FixedCache(Cache):
 
 def held_bytes(config: PreTrainedConfig, tokens: int, length: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values of a cache for `tokens` sequences of `length`."""
-    layers = sum(kind == "full_attention" for kind in config.layer_types)
+    layers = config.num_hidden_layers - _linear_layers(config)
     row = config.num_key_value_heads * config.head_dim * dtype.itemsize
     return 2 * layers * tokens * length * row
+
+
+def state_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the states of all DeltaNet layers for `tokens` sequences."""
+    layers = _linear_layers(config)
+    if not layers:
+        return 0
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    window = (2 * keys + values) * config.linear_conv_kernel_dim * dtype.itemsize
+    memory = values * config.linear_key_head_dim * torch.float32.itemsize
+    return layers * tokens * (window + memory)
+
+
+def _linear_layers(config: PreTrainedConfig) -> int:
+    kinds = getattr(config, "layer_types", None) or ()
+    return sum(kind == "linear_attention" for kind in kinds)

@@ -16,12 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.hybrid.cache import FixedCache
+from pipeline.hybrid.cache import PREFILL_CHUNK, FixedCache
 from pipeline.hybrid.residency import DECAY, Residency
 from pipeline.hybrid.steps import STEPS, Frame
-
-PREFILL_CHUNK = 4096
-"""Tokens of a prompt that go through the model at once."""
 
 Host = Callable[[], None]
 

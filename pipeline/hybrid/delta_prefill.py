@@ -73,7 +73,7 @@ def chunked(
     query and key [B, n, heads, size], value [B, n, heads, value size]; decay, in logarithms, and
     beta [B, n, heads]; state float32 [B, heads, size, value size] is carried on in place.
     """
-    dtype, length = query.dtype, query.shape[1]
+    dtype, length, key_size, size = query.dtype, query.shape[1], key.shape[-1], value.shape[-1]
     pad = -length % CHUNK
 
     def by_chunk(x: Tensor) -> Tensor:
@@ -90,18 +90,22 @@ def chunked(
     weighed = k * b.unsqueeze(-1)
     system = (weighed @ k.transpose(-1, -2)) * fade
     right = torch.cat([v * b.unsqueeze(-1), weighed * g.exp().unsqueeze(-1)], dim=-1)
+    del v, weighed  # let go of here and below, as these are what a prompt's memory is
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    values, read = (x.contiguous() for x in solved.split([v.shape[-1], k.shape[-1]], dim=-1))
+    del system, right
+    values, read = (x.contiguous() for x in solved.split([size, key_size], dim=-1))
+    del solved
     within = (q @ k.transpose(-1, -2)) * fade
+    del fade
     q = q * g.exp().unsqueeze(-1)
     last = g[..., -1:]
     k = k * (last - g).exp().unsqueeze(-1)
     out = torch.empty_like(values)
     batch, heads, chunks = q.shape[:3]
-    columns = min(_COLUMNS, v.shape[-1])
-    _scan_kernel[(batch * heads, v.shape[-1] // columns)](
+    columns = min(_COLUMNS, size)
+    _scan_kernel[(batch * heads, size // columns)](
         q, k, read, values, within, last.exp().contiguous(), state, out, chunks,
-        C=CHUNK, K=k.shape[-1], V=v.shape[-1], COLUMNS=columns, num_warps=8, num_stages=1,
+        C=CHUNK, K=key_size, V=size, COLUMNS=columns, num_warps=8, num_stages=1,
     )  # fmt: skip
     return out.flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype)
 

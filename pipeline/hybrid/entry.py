@@ -24,7 +24,7 @@ def from_pretrained(
     device_map: str | int | torch.device = "auto",
     max_memory: Mapping[int | str, Memory] | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    placement: str = "cpu",
+    placement: str = "auto",
     follow_use: bool = True,
     native: bool = True,
 ) -> PreTrainedModel:
@@ -65,7 +65,7 @@ def place(
     *,
     device_memory: Memory | None = None,
     device: torch.device | str | None = None,
-    placement: str = "cpu",
+    placement: str = "auto",
     follow_use: bool = True,
     native: bool = True,
 ) -> PreTrainedModel:

@@ -75,7 +75,7 @@ def stream_text(
     max_new_tokens: int,
     device_memory: str | int | None,
     out: TextIO,
-    placement: str = "cpu",
+    placement: str = "auto",
     *,
     announce: Callable[[str], None] = lambda _line: None,
     count_use: bool = False,

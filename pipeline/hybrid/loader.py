@@ -7,11 +7,13 @@ GPU if there is one, routed experts (`routed.py`) where their roads want them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,11 +26,20 @@ from pipeline.checkpoint import Checkpoint, StoredWeight
 from pipeline.checkpoint.names import expert_of, natural
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
+from pipeline.hybrid.ledger import Experts, Ledger, ledger, resident_threads
 from pipeline.hybrid.modules import QuantizedLinear
 from pipeline.hybrid.native.library import find
-from pipeline.hybrid.placing import Table, as_copies, count
-from pipeline.hybrid.roads import check_memory, choose, kernels_fail, known_use
-from pipeline.hybrid.routed import RoutedExperts
+from pipeline.hybrid.placing import Table, as_copies, by_request, count
+from pipeline.hybrid.roads import (
+    CHOSEN,
+    allowed_on,
+    check_device,
+    check_host,
+    choose,
+    kernels_fail,
+    known_use,
+)
+from pipeline.hybrid.routed import PinningError, RoutedExperts
 from pipeline.hybrid.stored import to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -54,21 +65,23 @@ def load(
     host_memory: str | int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    placement: str = "cpu",
+    placement: str = "auto",
     follow_use: bool = True,
     native: bool = True,
 ) -> PreTrainedModel:
     """Load a directory for inference; `generate`, `forward` and the rest work as usual.
 
-    device_memory: bytes, or a size such as "10GiB", that weights outside the experts may take on
-    the GPU; kept to without a GPU too, so that a promise made on one machine holds on another.
+    device_memory: bytes, or a size such as "10GiB", that the process may take of the GPU, all in
+    all (`ledger.py`); without a GPU, what weights outside the experts may take.
     host_memory: the same for experts in RAM.
     device: where all but the experts goes; by default the first GPU if there is one.
     dtype: of activations and dense tensors, bfloat16, or float32 (exact, and slow on experts).
 
     placement: where experts are computed, see `pipeline.hybrid.placing`: "cpu"; "resident" or
     "zero-copy" (a GPU computes them, from its own or from pinned host memory); parts of each layer
-    such as "resident:0.1,zero-copy:0.5,cpu:0.4"; or "auto", by memory, use and a short measurement.
+    such as "resident:0.1,zero-copy:0.5,cpu:0.4"; "auto": zero-copy where there is a GPU and RAM can
+    be pinned, else cpu; "fill": by memory, use and a short measurement, the most used experts
+    resident as far as `device_memory` goes.
 
     follow_use: resident experts are copies of zero-copy ones, and change with use while the model
     decodes on a GPU; False: the table stays as it is chosen, for timings that can be repeated.
@@ -83,26 +96,29 @@ def load(
     Raises UserErrors: CheckpointError for a directory that is damaged, of an unknown architecture
     or without packed experts, ResourceError when the device's memory does not suffice.
     """
-    started = time.perf_counter()
     if dtype not in (torch.bfloat16, torch.float32):
         raise UserError(f"dtype {dtype} is not supported: use torch.bfloat16 or torch.float32")
     limit = None if device_memory is None else parse_size(device_memory)
+    host = None if host_memory is None else parse_size(host_memory)
+    started = time.perf_counter()
     target = _choose_device(device)
     remarks = [NO_GPU] if device is None and target.type == "cpu" else []
-    checkpoint = Checkpoint.open(path)
-    loader = _Loader(checkpoint, target, dtype, follow_use and target.type == "cuda", native)
-    need = loader.check_memory(limit)
-    remarks += loader.choose_roads(
-        placement, need, limit, None if host_memory is None else parse_size(host_memory)
-    )
+    loader: _Loader | None = None
+    try:
+        loader = _filled(Path(path), target, dtype, placement, limit, host, follow_use, native)
+    except PinningError as error:
+        if placement not in CHOSEN:
+            raise
+        remarks.append(f"the CPU computes all experts: {error}")
+    if loader is None:
+        gc.collect()  # what was read so far: there is no room for it twice
+        loader = _filled(Path(path), target, dtype, "cpu", limit, host, False, native)
+    remarks += loader.remarks
     for remark in remarks:
         _tell(remark)
-    with torch.inference_mode(False), torch.no_grad():
-        loader.fill()
-        loader.connect()
-    checkpoint.close()
     model = loader.model
-    model.hybrid_quantization = checkpoint.config.get("quantization_config") or {}  # type: ignore[assignment]
+    config = loader.checkpoint.config
+    model.hybrid_quantization = config.get("quantization_config") or {}  # type: ignore[assignment]
     model.hybrid_placement = {  # type: ignore[assignment]
         "request": placement,
         **loader.placement(),
@@ -112,6 +128,28 @@ def load(
     }
     model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
     return model
+
+
+def _filled(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: str,
+    limit: int | None,
+    host: int | None,
+    follow_use: bool,
+    native: bool,
+) -> _Loader:
+    """A loader whose model has all its weights."""
+    checkpoint = Checkpoint.open(path)
+    loader = _Loader(checkpoint, device, dtype, follow_use and device.type == "cuda", native)
+    need = loader.check_memory(limit)
+    loader.choose_roads(placement, need, limit, host)
+    with torch.inference_mode(False), torch.no_grad():
+        loader.fill()
+        loader.connect()
+    checkpoint.close()
+    return loader
 
 
 class _Loader:
@@ -141,6 +179,9 @@ class _Loader:
         self._backends: dict[str, Counter[str]] = {"experts": Counter(), "linears": Counter()}
         self._bytes = {"experts": 0, "quantized_linears": 0, "dense": 0}
         self._rounded: list[str] = []
+        self.remarks: list[str] = []
+        """What is to be said of the roads that were chosen."""
+        self._ledger: Ledger | None = None
         self._roads: Table = {}
         self._homes: Table = {}
         self._experts = RoutedExperts(
@@ -180,27 +221,53 @@ class _Loader:
                 )
         return need
 
-    def choose_roads(
-        self, placement: str, need: int, limit: int | None, host: int | None
-    ) -> list[str]:
+    def choose_roads(self, placement: str, need: int, limit: int | None, host: int | None) -> None:
         """Fill the table; ResourceError when experts do not fit where it wants them.
 
         need: bytes that the rest takes on the device; limit and host: of device and RAM.
-        Returns what is to be said of the choice.
         """
         where = str(self.checkpoint.path)
         layers = self._layer_experts()
-        self._roads, remarks = choose(placement, layers, self.device, need, limit, self._native)
-        check_memory(self._roads, layers, need, limit, host, where)
+        cuda = self.device.type == "cuda"
+        room = 0
+        if placement == "fill" and cuda:
+            bare = self._ledger_of(need, by_request(layers, "zero-copy"), {})
+            room = allowed_on(self.device, limit) - bare.total
+            layers = {
+                layer: replace(known, expert_nbytes=self._experts.layout(layer).nbytes)
+                for layer, known in layers.items()
+            }
+        self._roads, self.remarks = choose(placement, layers, self.device, room, self._native)
         self._homes = self._roads
         if self._follow_use:
             self._copies, self._homes = as_copies(self._roads, layers)
-            check_memory(self._homes, layers, need, limit, host, where)
+        if cuda:
+            self._ledger = self._ledger_of(need, self._homes, self._copies)
+            if placement == "auto" and self._ledger.total > allowed_on(self.device, limit):
+                # The CPU's experts need no ring and no page tables.
+                self._roads = self._homes = by_request(layers, "cpu")
+                self._ledger = self._ledger_of(need, self._homes, {})
+                self.remarks.append("the CPU computes all experts: no GPU memory for their ring")
+            check_device(self._ledger, self.device, limit, where)
+        check_host(self._homes, layers, host, where)
         missing = find()
         on_cpu = any("cpu" in roads for roads in self._homes.values())
         if on_cpu and self._native and self.dtype == torch.bfloat16 and isinstance(missing, str):
-            remarks.append(f"no native kernel, torch's products compute experts: {missing}")
-        return remarks
+            self.remarks.append(f"no native kernel, torch's products compute experts: {missing}")
+
+    def _ledger_of(self, need: int, homes: Table, copies: dict[int, list[int]]) -> Ledger:
+        """What the device will hold, with experts so placed."""
+        used = [k for k, roads in homes.items() if any(road != "cpu" for road in roads)]
+        layouts = {layer: self._experts.layout(layer) for layer in used}
+        sizes = {layer: layout.nbytes for layer, layout in layouts.items()}
+        return ledger(
+            self.model.config,
+            self.geometry,
+            need,
+            Experts(homes, sizes, copies, len(set(layouts.values())) < 2),
+            dtype=self.dtype,
+            threads=resident_threads(self.device),
+        )
 
     def _layer_experts(self) -> dict[int, LayerExperts]:
         """Size and use of each layer's experts; use is known where there is a shard map."""
@@ -243,6 +310,7 @@ class _Loader:
         if self.device.type == "cuda" and kernels_fail(self.device) is None:
             runtime = importlib.import_module("pipeline.hybrid.runtime")  # imports Triton
             runtime.connect(self.model, self._copies)
+            torch.cuda.empty_cache()  # what laying out experts took is free for prompts' needs
 
     def placement(self) -> dict[str, Any]:
         """For reports: plain strings and numbers."""
@@ -253,6 +321,7 @@ class _Loader:
             "bytes": {**self._bytes},
             "experts": {**whole, **mixed},
             "expert_bytes": dict(self._by_road),
+            "ledger": self._ledger.items() if self._ledger else {},
             "backends": {kind: dict(counts) for kind, counts in self._backends.items()},
         }
 

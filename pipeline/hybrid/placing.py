@@ -89,6 +89,12 @@ def as_copies(
     return {k: v for k, v in copies.items() if v}, homes
 
 
+def copies_each(begin: Sequence[Sequence[int]]) -> int:
+    """Copies that every layer gets: the mean of those to begin with, at least one if there are."""
+    total = sum(map(len, begin))
+    return max(1, total // len(begin)) if total else 0
+
+
 def count(table: Table) -> dict[str, dict[str, int]]:
     """Layer -> road -> experts, for reports."""
     return {

@@ -142,8 +142,15 @@ def packable(scheme: AffineScheme, columns: int) -> bool:
 
 def layout_of(gate_up: QuantizedTensor, down: QuantizedTensor) -> Layout:
     """The record for experts of these shapes; ValueError where `packable` says no."""
-    first = _part(gate_up, 0)
-    return Layout(first, _part(down, _up(first.end)))
+    inner, hidden = down.shape[-1], down.shape[-2]
+    return planned_layout(gate_up.scheme, down.scheme, hidden, inner)
+
+
+def planned_layout(wide: AffineScheme, narrow: AffineScheme, hidden: int, inner: int) -> Layout:
+    """The record for experts of these sizes: `wide`, gate and up; `narrow`, down; ValueError where
+    `packable` says no."""
+    first = _part(wide, 2 * inner, hidden, 0)
+    return Layout(first, _part(narrow, hidden, inner, _up(first.end)))
 
 
 def empty(
@@ -217,9 +224,7 @@ def host_memory(nbytes: int, *, pin: bool) -> Tensor:
     return data
 
 
-def _part(quantized: QuantizedTensor, start: int) -> Part:
-    scheme = quantized.scheme
-    rows, columns = quantized.shape[-2:]
+def _part(scheme: AffineScheme, rows: int, columns: int, start: int) -> Part:
     if not packable(scheme, columns):
         raise ValueError(f"{scheme} has groups that are no multiple of 16 columns")
     width = columns // 2 if scheme.bits <= 4 else columns

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import torch
 
-from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, Reserve, read_shard_map
+from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, read_shard_map
 from pipeline.errors import ResourceError, UserError
+from pipeline.hybrid.ledger import CONTEXT, COPIES, Ledger
 from pipeline.hybrid.placing import Table, by_policy, by_request
 from pipeline.hybrid.probe import probe
+
+CHOSEN = ("auto", "fill")
+"""Placements that depend on the machine."""
 
 _SHARES = 10**9
 """Shares in a shard map have nine digits; as whole numbers they count as calls."""
@@ -32,54 +35,59 @@ def choose(
     placement: str,
     layers: Mapping[int, LayerExperts],
     device: torch.device,
-    need: int,
-    limit: int | None,
+    room: int = 0,
     native: bool = True,
 ) -> tuple[Table, list[str]]:
-    """The table that `placement` asks for; "auto" without a GPU is the CPU for all.
+    """The table that `placement` asks for; "auto" and "fill" without a GPU are the CPU for all.
 
-    need: bytes on the device beside experts; limit: bytes allowed there; native: see `load`.
+    room: bytes on the device that "fill" may fill; native: see `load`.
     Also returns what is to be said of it: that kernels which were asked for do not work.
     Raises UserError for a request that is unknown or needs a GPU where there is none.
     """
-    if placement == "auto" and device.type != "cuda":
+    chosen = placement in CHOSEN
+    if chosen and device.type != "cuda":
         return by_request(layers, "cpu"), []
-    if placement != "auto":
-        table = by_request(layers, placement)
-        if all(road == "cpu" for roads in table.values() for road in roads):
-            return table, []
+    table = by_request(layers, "zero-copy" if chosen else placement)
+    if all(road == "cpu" for roads in table.values() for road in roads):
+        return table, []
     reason = kernels_fail(device)
     if reason:
         remark = f"Triton cannot be used, the CPU computes all experts: {reason}"
         return by_request(layers, "cpu"), [remark]
-    if placement != "auto":
-        return table, []
+    return (by_policy(layers, room, probe(device, native)) if placement == "fill" else table), []
+
+
+def check_device(need: Ledger, device: torch.device, limit: int | None, where: str) -> None:
+    """ResourceError when the ledger exceeds `limit`, or what is free on a GPU."""
+    allowed = allowed_on(device, limit)
+    if need.total <= allowed:
+        return
+    largest = sorted(need.items().items(), key=lambda item: -item[1])[:4]
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in largest)
+    kept = need.torch["resident experts"] + need.torch[COPIES]
+    helps = "make fewer experts resident" if kept else "allow more, free some, or use device cpu"
+    by_limit = limit is not None and limit <= allowed
+    raise ResourceError(
+        f"{where}: {need.total / 2**30:.2f} GiB are needed on {device} ({parts}, ...), "
+        f"{allowed / 2**30:.2f} GiB are {'what device_memory allows' if by_limit else 'free'}: "
+        f"{helps}"
+    )
+
+
+def allowed_on(device: torch.device, limit: int | None) -> int:
+    """Bytes that this process may take on a GPU, what it has taken for its context included."""
     free, _ = torch.cuda.mem_get_info(device)
-    room = (free if limit is None else min(free, limit)) - need - Reserve().total
-    return by_policy(layers, room, probe(device, native)), []
+    return free + CONTEXT if limit is None else min(free + CONTEXT, limit)
 
 
-def check_memory(
-    table: Table,
-    layers: Mapping[int, LayerExperts],
-    need: int,
-    limit: int | None,
-    host: int | None,
-    where: str,
+def check_host(
+    table: Table, layers: Mapping[int, LayerExperts], host: int | None, where: str
 ) -> None:
-    """ResourceError when experts do not fit into `limit` (device) or `host` bytes (RAM)."""
-    sizes: Counter[str] = Counter()
-    for layer, experts in layers.items():
-        for road in table[layer]:
-            sizes[road] += experts.expert_nbytes
-    total = need + sizes["resident"]
-    if limit is not None and sizes["resident"] and total > limit:
-        raise ResourceError(
-            f"{where}: resident experts and the rest need {total / 2**30:.2f} GiB on the device, "
-            f"device_memory allows {limit / 2**30:.2f} GiB: make fewer resident, or use placement "
-            "zero-copy"
-        )
-    in_ram = sizes["zero-copy"] + sizes["cpu"]
+    """ResourceError when experts in RAM exceed `host` bytes, or what is available."""
+    in_ram = sum(
+        layers[layer].expert_nbytes * sum(road != "resident" for road in roads)
+        for layer, roads in table.items()
+    )
     available = psutil.virtual_memory().available
     room = available if host is None else min(host, available)
     if in_ram > room:

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import CheckpointError, ResourceError
+from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.backends import BACKENDS
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.native.library import Library
 from pipeline.hybrid.placing import ROADS, Road, Table
-from pipeline.hybrid.records import Records, empty, pack
+from pipeline.hybrid.records import Layout, Records, empty, layout_of, pack
 from pipeline.hybrid.stored import pair_rows, to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -106,6 +106,19 @@ class RoutedExperts:
             self._check_expert(name)
             size += self._checkpoint.weights[name].nbytes
         return size
+
+    def layout(self, layer: int) -> Layout:
+        """The record of a layer's experts on a device; UserError where kernels have none for it."""
+        some = (
+            self._as_configured(quantized, layer) for quantized in self._read(layer, [0], "cpu")
+        )
+        try:
+            return layout_of(*some)
+        except ValueError as error:
+            raise UserError(
+                f"{self._checkpoint.path}: the GPU's kernels cannot compute its experts ({error}): "
+                "use placement cpu"
+            ) from error
 
     def _threads(self) -> int:
         """As many as torch may use, and as their copies have room for."""

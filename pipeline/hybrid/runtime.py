@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from pipeline.hybrid import delta_prefill
 from pipeline.hybrid.generation import install
+from pipeline.hybrid.placing import copies_each
 from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.split import SplitExperts
 from pipeline.hybrid.stream import Stream
@@ -42,8 +43,7 @@ def connect(
             split.stream_from(stream, number)
         if copies:
             begin = [copies.get(number, ()) for number in layers]
-            each = max(1, sum(map(len, begin)) // len(begin))
-            residency = Residency(list(layers.values()), each, device)
+            residency = Residency(list(layers.values()), copies_each(begin), device)
             residency.begin_with(begin)
     if model.device.type == "cuda" if kernels is None else kernels:
         for layer in model.model.layers:

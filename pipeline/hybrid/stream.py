@@ -30,6 +30,12 @@ class Part:
     address: int
 
 
+def ring(counts: Sequence[int], size: int) -> tuple[int, int]:
+    """Buffers, and records of `size` bytes in each, for layers of so many records."""
+    each = min(max(1, PART_BYTES // size), max(counts))
+    return min(PARTS, sum(-(-count // each) for count in counts)), each
+
+
 class Stream:
     """The ring, and the order in which layers come."""
 
@@ -38,15 +44,14 @@ class Stream:
         self._layers = list(layers)
         self._device = device
         size = self._layers[0].layout.nbytes
-        most = max(records.count for records in self._layers)
-        self._each = min(max(1, PART_BYTES // size), most)
+        counts = [records.count for records in self._layers]
+        self._parts, self._each = ring(counts, size)
         self._items = [
             (layer, first)
             for layer, records in enumerate(self._layers)
             for first in range(0, records.count, self._each)
         ]
         self._starts = {layer: i for i, (layer, first) in enumerate(self._items) if first == 0}
-        self._parts = min(PARTS, len(self._items))
         self._size = size
         self._buffers: Tensor | None = None
         self._issued = 0

@@ -74,6 +74,7 @@ class Placement(_Part):
     request: str = "cpu"
     backends: dict[str, dict[str, int]] = {}
     device_memory_limit: int | None = None
+    ledger: dict[str, int] = {}
 
 
 class LayerRecord(_Part):

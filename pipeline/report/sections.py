@@ -251,7 +251,7 @@ def placement(record: Record) -> Section:
     lead = "" if on_gpu else "There was no GPU: all of it is in RAM and computed by the CPU."
     if on_gpu:
         lead = "All but the experts is on the GPU"
-        lead += f", which may use {size(limit)} for it" if limit else ""
+        lead += f", of which {size(limit)} may be used" if limit else ""
         lead += f"; experts were placed as {p.request} says."
     if p.use:
         lead += " Calls are the router's choices on the evaluation text."
@@ -266,9 +266,14 @@ def placement(record: Record) -> Section:
     if backends:
         tables.append(Table("What computes it", ("modules", "count"), backends))
     folded = []
+    if p.ledger:
+        name = "GPU memory, as counted before loading"
+        counted = [*p.ledger.items(), ("all", sum(p.ledger.values()))]
+        items = [[item, size(nbytes)] for item, nbytes in counted]
+        folded.append((name, Table(name, ("for", "size"), items)))
     if len(experts) > 1:
         name = "Experts of each layer, and the part of its calls by road"
-        folded = [(name, Table(name, *by_layer(p.experts, {"calls": p.use})))]
+        folded.append((name, Table(name, *by_layer(p.experts, {"calls": p.use}))))
     return Section("placement", "Placement", lead, [(picture, None)], tables, folded, columns=True)
 
 

@@ -194,8 +194,13 @@ def stats_tables(made: Generated) -> list[Table]:
     for road, place, nbytes, calls in by_road(placed["expert_bytes"], made.decode_use):
         of_calls = f"; {calls} of the calls in decoding" if calls else ""
         pairs[f"experts, {road}"] = f"{nbytes} ({place}){of_calls}"
+    tables = [pairs_table("generated", pairs)]
+    if counted := placed["ledger"]:
+        sizes = {name: size(nbytes) for name, nbytes in counted.items()}
+        whole = {"all": size(sum(counted.values()))}
+        tables.append(pairs_table("GPU memory, as counted before loading", sizes | whole))
     if len(placed["expert_bytes"]) == 1:
-        return [pairs_table("generated", pairs)]
+        return tables
     head, rows = by_layer(
         placed["experts"], {"prefill": made.prefill_use, "decode": made.decode_use}
     )
@@ -204,7 +209,7 @@ def stats_tables(made: Generated) -> list[Table]:
         table.add_column(name, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row)
-    return [pairs_table("generated", pairs), table]
+    return [*tables, table]
 
 
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:

@@ -31,9 +31,11 @@ from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, writ
 from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.evaluate.speed import peak_device_bytes, peak_host_bytes
 from pipeline.hub.origin import origin
+from pipeline.hybrid.ledger import Experts, ledger, reserve
+from pipeline.hybrid.placing import by_request
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
-from pipeline.models.skeleton import architecture_of, geometry_of
+from pipeline.models.skeleton import architecture_of, geometry_of, model_config
 from pipeline.progress import size
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job, planned
@@ -318,10 +320,13 @@ def write_tables(
         )
         for layer, sizes in experts.values()
     }
+    homes = by_request(layers, "zero-copy")
+    sizes = {layer: known.expert_nbytes for layer, known in layers.items()}
+    beside = reserve(ledger(model_config(config), geometry, 0, Experts(homes, sizes)))
     return [
         write_json(root / "config.json", config),
         write_json(root / INDEX_NAME, build_index(files)),
-        write_json(root / MAP_NAME, build_shard_map(mapped, layers)),
+        write_json(root / MAP_NAME, build_shard_map(mapped, layers, beside)),
     ]
 
 

@@ -18,13 +18,17 @@ from pipeline import __version__, hybrid
 from pipeline.checkpoint.index import read_json
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.seal import with_digest
+from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.checkpoint.writer import write_json
 from pipeline.errors import CheckpointError, OutputError, ResourceError
 from pipeline.evaluate.metrics import compare_each
 from pipeline.evaluate.reference import Reference
 from pipeline.evaluate.speed import measure, reset_peaks, timed
+from pipeline.hybrid.ledger import Experts, ledger
 from pipeline.hybrid.native.library import name as kernel_name
+from pipeline.hybrid.placing import by_request
 from pipeline.hybrid.use import UseCounter
+from pipeline.models.skeleton import model_config
 from pipeline.progress import size
 from pipeline.quantize.precision import float32_products
 from pipeline.report.build import (
@@ -67,7 +71,7 @@ def jobs(context: Context) -> list[Job]:
             bytes_read=sum(w.elements for w in context.checkpoint.weights.values()) // 2,
             flops=2.0 * active * tokens,
             host_bytes=experts + unpacking + (resident + logits if on_cpu else 0),
-            device_bytes=0 if on_cpu else resident + logits,
+            device_bytes=0 if on_cpu else _device_bytes(context, resident) + logits,
         )
     ]
 
@@ -75,11 +79,26 @@ def jobs(context: Context) -> list[Job]:
 def check_device_memory(context: Context) -> None:
     """ResourceError when the result could not be loaded within validate.device_memory."""
     limit, need = int(context.recipe.validate_.device_memory), _loaded_bytes(context)[0]
+    what = "the weights outside the experts take"
+    if context.device.type == "cuda" and need <= limit:
+        need, what = _device_bytes(context, need), "loaded and at work the result takes"
     if need > limit:
         raise ResourceError(
-            f"validate.device_memory is {size(limit)}, the weights outside the experts take"
-            f" {size(need)}; raise it"
+            f"validate.device_memory is {size(limit)}, {what} {size(need)}; raise it"
         )
+
+
+def _device_bytes(context: Context, weights: int) -> int:
+    """What the loaded result takes of a GPU while it is validated, experts on the CPU."""
+    homes = by_request({i: LayerExperts(1, 1) for i in context.geometry.moe_layers}, "cpu")
+    found = ledger(
+        model_config(context.checkpoint.config),
+        context.geometry,
+        weights,
+        Experts(homes),
+        length=max(context.recipe.validate_.window, PROMPT_TOKENS + DECODE_TOKENS),
+    )
+    return found.total
 
 
 def _loaded_bytes(context: Context) -> tuple[int, int]:

@@ -112,7 +112,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text to continue")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 100,
     device_memory: Memory = "10GiB",
-    placement: Placement = "cpu",
+    placement: Placement = "auto",
     native: Native = True,
     stats: Annotated[
         bool, typer.Option("--stats", help="tell where experts were and how they were reached")

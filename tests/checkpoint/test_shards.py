@@ -139,7 +139,7 @@ def test_map(tmp_path):
         MappedFile("model-nonexpert-00001-of-00001.safetensors", "nonexpert", None, 5 * GIB, "ab"),
         MappedFile("model-experts-layer-000.safetensors", "experts", 0, GIB),
     ]
-    table = build_shard_map(files, {0: LayerExperts(512, GIB // 512, [3] * 512)})
+    table = build_shard_map(files, {0: LayerExperts(512, GIB // 512, [3] * 512)}, RESERVE)
     write_json(tmp_path / MAP_NAME, table)
     read = read_shard_map(tmp_path)
     assert read == json.loads(json.dumps(table))
@@ -160,10 +160,10 @@ def test_map(tmp_path):
 
 def test_map_says_when_not_even_the_rest_fits():
     files = [MappedFile("n", "nonexpert", None, 9 * GIB)]
-    table = build_shard_map(files, {0: LayerExperts(4, GIB)})
+    table = build_shard_map(files, {0: LayerExperts(4, GIB)}, RESERVE)
     small, large = table["placements"][0], table["placements"][-1]
     assert not small["fits"]
-    assert "3.25 GiB more" in small["note"]
+    assert "1.75 GiB more" in small["note"]
     assert "resident_experts" not in small
     assert large["fits"]
     assert large["expected_hits"] is None

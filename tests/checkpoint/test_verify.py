@@ -10,7 +10,7 @@ from layout import CONFIG, four_bit, truncate_to_header, write_model
 from pipeline.checkpoint.formats.gptq import pack
 from pipeline.checkpoint.header import read_header
 from pipeline.checkpoint.index import INDEX_NAME, build_index
-from pipeline.checkpoint.shard_map import LayerExperts, MappedFile, build_shard_map
+from pipeline.checkpoint.shard_map import LayerExperts, MappedFile, Reserve, build_shard_map
 from pipeline.checkpoint.split import plan_split
 from pipeline.checkpoint.sums import write_sums
 from pipeline.checkpoint.verify import verify_directory
@@ -59,7 +59,9 @@ def sealed(path, given=None, settings=None, shape_map=lambda table: table):
         sums[record.name] = record.sha256
     layers = {layer: LayerExperts(4, 2048) for layer in range(2)}
     write_json(path / INDEX_NAME, build_index(files))
-    write_json(path / "shard_map.json", shape_map(build_shard_map(mapped, layers)))
+    write_json(
+        path / "shard_map.json", shape_map(build_shard_map(mapped, layers, Reserve(1, 1, 1)))
+    )
     write_json(path / "config.json", CONFIG | {"quantization_config": GPTQ | (settings or {})})
     write_sums(path, sums)
     return path

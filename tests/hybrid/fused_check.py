@@ -12,9 +12,13 @@ import torch
 from hybrid_models import EXPERTS_ONLY, MODELS, dequantised, write_output
 
 from pipeline import hybrid
+from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.hybrid import fused_attention, fused_linear, matvec, residency, runtime, stream
 from pipeline.hybrid.decode import Decoder
+from pipeline.hybrid.ledger import COPIES, Experts, ledger
+from pipeline.hybrid.placing import by_request
 from pipeline.hybrid.steps.qwen3_next import Attention, Delta, Sparse
+from pipeline.models.skeleton import architecture_of
 from pipeline.quantize.tensor import AffineScheme
 
 PARTS = "resident:0.25,zero-copy:0.5,cpu:0.25"
@@ -92,8 +96,44 @@ def moving(folder: Path) -> None:
     print("moved", seen)
 
 
+def counted(folder: Path) -> None:
+    """What experts, ring, copies and cache take is what the ledger says, to the byte."""
+    out = write_output(MODELS / "micro-nf4", folder, AffineScheme(4, 64, True), EXPERTS_ONLY)
+    stream.PART_BYTES = 1 << 14
+    tables = [("resident:0.25,zero-copy:0.75", {}), ("zero-copy:0.5,cpu:0.5", {0: [1], 1: [0, 2]})]
+    for request, copies in tables:
+        model = hybrid.load(out, device="cpu", placement=request)
+        splits = [layer.mlp.experts for layer in model.model.layers]
+        followed = runtime.connect(model, copies, kernels=False)
+        decoder = Decoder(model, 2, 24)
+        decoder.prefill(torch.randint(5, 512, (2, 8)))
+        geometry = architecture_of(model.config.to_dict(), "").geometry(model.config.to_dict())
+        homes = by_request({i: LayerExperts(8, 1) for i in range(2)}, request)
+        sizes = {i: split.layout.nbytes for i, split in enumerate(splits)}
+        told = ledger(model.config, geometry, 0, Experts(homes, sizes, copies), length=24, tokens=2)
+        held = [
+            s.device_roads["resident"].records.nbytes
+            for s in splits
+            if "resident" in s.device_roads
+        ]
+        ring = {id(s._stream[0]): s._stream[0]._buffers.nbytes for s in splits}
+        keys = [
+            t.nbytes for x in decoder.cache.layers if hasattr(x, "keys") for t in (x.keys, x.values)
+        ]
+        want = {
+            "resident experts": sum(held),
+            COPIES: followed.nbytes if followed else 0,
+            "ring that prompts' experts pass through": sum(ring.values()),
+            "keys and values of 24 tokens": sum(keys),
+            "recurrent states": sum(t.nbytes for t in decoder.cache.all_states()),
+        }
+        assert {name: told.torch[name] for name in want} == want
+        assert sum(ring.values()) > 0 and bool(copies) == bool(want[COPIES])
+        print(want)
+
+
 if __name__ == "__main__":
     logging.disable()
     torch.set_num_threads(1)
     small_tiles()
-    {"steps": steps, "moving": moving}[sys.argv[1]](Path(sys.argv[2]))
+    {"steps": steps, "moving": moving, "counted": counted}[sys.argv[1]](Path(sys.argv[2]))

@@ -28,7 +28,7 @@ def test_text_is_the_dense_models(directory):
     """The same opening: bfloat16 may part ways later."""
     out = io.StringIO()
     said: list[str] = []
-    made = stream_text(directory, PROMPT, 12, "1GiB", out, announce=said.append)
+    made = stream_text(directory, PROMPT, 12, "4GiB", out, announce=said.append)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     plain = dequantised(directory, torch.float32).generate(

@@ -155,7 +155,8 @@ def test_foreign_scales_are_told_once(damaged, caplog):
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_memory_budget(experts_only, device):
+def test_memory_budget(experts_only, device, cpu_only):
+    """Without a GPU: of what else goes with them on one, `test_ledger.py` tells."""
     need = hybrid.load(experts_only, device="cpu").hybrid_placement["bytes"]["dense"]
     with pytest.raises(ResourceError, match=f"allow {need:,} bytes or more"):
         hybrid.load(experts_only, device_memory=need - 1, device=device)

@@ -91,7 +91,7 @@ import sys, torch
 sys.modules["triton"] = None
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.hybrid.roads import choose
-table, remarks = choose("zero-copy", {0: LayerExperts(4, 10)}, torch.device("cuda"), 0, None)
+table, remarks = choose("zero-copy", {0: LayerExperts(4, 10)}, torch.device("cuda"))
 assert table == {0: ["cpu"] * 4}
 print(*remarks)
 """

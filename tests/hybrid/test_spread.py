@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
         ("spread", "trained"),
         ("fused", "steps"),
         ("fused", "moving"),
+        ("fused", "counted"),
     ],
 )
 def test_under_the_interpreter(check, part, tmp_path):

@@ -130,13 +130,16 @@ def test_roads(model):
             "experts": {"0": "zero-copy", "1": {"resident": 3, "cpu": 5}},
             "use": {"0": {"zero-copy": 1.0}, "1": {"resident": 0.75, "cpu": 0.25}},
             "device_memory_limit": 10 << 30,
+            "ledger": {"resident experts": 3 << 20, "CUDA context": 2 << 20},
         },
     )
     text = Outline(model_page(read_record(model))).text
     text = text.replace("\N{NO-BREAK SPACE}", " ")
     for words in (
-        "may use 10.0 GiB for it; experts were placed as auto says",
+        "of which 10.0 GiB may be used; experts were placed as auto says",
         "experts: zero-copyRAM, read by the GPU over PCIe1.0 MiB50.00 %",
+        "resident experts3.0 MiB",
+        "all5.0 MiB",
         "Experts of each layer",
         "37.50 %",  # of all calls, resident
         "75.00 %",

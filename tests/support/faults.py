@@ -286,8 +286,8 @@ def accepted(directory: Path, scratch: Path) -> list[str]:
     readers: dict[str, Callable[[], object]] = {
         "verify": verify,
         "hybrid.load": lambda: hybrid.load(directory),
-        "validate": lambda: validate_model(directory, device_memory=1 << 30, thresholds={}),
-        "generate": lambda: stream_text(directory, "a", 1, "1GiB", sys.stderr),
+        "validate": lambda: validate_model(directory, device_memory=4 << 30, thresholds={}),
+        "generate": lambda: stream_text(directory, "a", 1, "4GiB", sys.stderr),
         "shard": lambda: split_existing(directory, scratch / "split", lambda _: None),
         "publish": publish,
     }
