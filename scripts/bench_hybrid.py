@@ -4,7 +4,9 @@
     python scripts/bench_hybrid.py --layers 8 --placements zero-copy --steps decode --profile
 
 Weights are random, experts packed in place (`hybrid_model.py`); kernels, roads and memory are those
-of a loaded model.  Decode is greedy, batch 1; at long contexts the cache is empty but read in full.
+of a loaded model.  Decode is batch 1, its tokens drawn anew for every step, so that calls spread;
+at long contexts the cache is empty but read in full.  GPU memory is printed after every stage,
+beside what the ledger says (`pipeline/hybrid/ledger.py`).
 A placement is a road, parts such as "resident:0.1,zero-copy:0.9", or "follow:0.1": copies of a
 tenth of the zero-copy experts, which follow use.  torch is held to `--device-memory`, less what the
 CUDA context takes.  Figures of fewer layers are also scaled to 48, and said to be.  Below them, as
@@ -26,16 +28,21 @@ import psutil
 import torch
 from hybrid_model import Shares, build
 from hybrid_peers.table import print_peers
+from synthetic_geometries import MODELS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from pipeline.hybrid.decode import Decoder
-from pipeline.hybrid.placing import ROADS
+from pipeline.hybrid.ledger import RESIDENT_THREADS, Experts, Ledger, ledger, resident_threads
+from pipeline.hybrid.placing import ROADS, Table
 from pipeline.hybrid.probe import cpu_rate
 from pipeline.hybrid.records import host_memory
 from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.runtime import connect
+from pipeline.hybrid.split import SplitExperts
+from pipeline.hybrid.steps.qwen3_next import Sparse
+from pipeline.models.skeleton import architecture_of, geometry_of
 from pipeline.sizes import parse_size
 
 FULL_LAYERS = 48
@@ -112,33 +119,97 @@ def measure(placement: str, args: argparse.Namespace, device: torch.device) -> F
     _wait(device)
     figures.build_seconds = time.perf_counter() - started
     print(f"{placement}: built in {figures.build_seconds:.0f} s", flush=True)
+    longest = max([p + 64 for p in args.prompts] + [c + 256 for c in args.contexts])
+    told = stated(model, residency, copies, longest, device)
+    print("ledger:", ", ".join(f"{k} {v / 2**30:.2f}" for k, v in told.items().items()))
+    held(placement, "built", told, device)
     ids = torch.randint(5, model.config.vocab_size, (1, max(PROMPTS)), device=device)
     with torch.inference_mode():
         if "prefill" in args.steps:
             for length in args.prompts:
                 figures.prefill[length] = _prefill(model, ids[:, :length], device)
                 print(f"{placement}: prefill {length}: {figures.prefill[length]:.0f}", flush=True)
+                held(placement, f"prefill {length}", told, device)
                 if args.profile and length == 4096:
                     _show("prefill", partial(_prefill_once, model, ids[:, :4096]), device)
         if "decode" in args.steps:
             for context in args.contexts:
                 decoder = at_context(model, ids[:, :64], context, residency)
                 figures.decode[context] = 1 / _step_seconds(decoder, device, args.tokens)
-                print(f"{placement}: decode {context}: {figures.decode[context]:.1f}", flush=True)
+                print(
+                    f"{placement}: decode {context}: {figures.decode[context]:.1f}, "
+                    f"{hits(decoder, model):.1%} of the calls hit",
+                    flush=True,
+                )
+                held(placement, f"decode {context}", told, device)
                 if context == 4096 or (context == args.contexts[-1] and not figures.split):
                     figures.split = _split(decoder, device, args.profile)
                 del decoder
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        figures.device_gib = (total - free) / 2**30
-        reserved = torch.cuda.max_memory_reserved(device) / 2**30
-        print(f"{placement}: {reserved:.2f} GiB of it by torch at most, of all placements so far")
+    figures.device_gib = held(placement, "profiled", told, device)
     figures.host_gib = psutil.Process().memory_info().rss / 2**30
     del model
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return figures
+
+
+def stated(
+    model: PreTrainedModel,
+    residency: Residency | None,
+    copies: int,
+    length: int,
+    device: torch.device,
+) -> Ledger:
+    """What the ledger says of a model that was built here."""
+    config = MODELS["qwen3-next-80b"].config | {"num_hidden_layers": model.config.num_hidden_layers}
+    config |= {"num_experts": model.config.num_experts}
+    homes: Table = {}
+    sizes: dict[int, int] = {}
+    for number, layer in enumerate(model.model.layers):
+        split = layer.mlp.experts
+        homes[number] = [ROADS[road] for road in split.roads(torch.device("cpu")).tolist()]
+        if isinstance(split, SplitExperts):
+            sizes[number] = split.layout.nbytes
+            if residency is not None:  # whose copies look like residents
+                homes[number] = ["zero-copy"] * split.num_experts
+    begin = {number: list(range(copies)) for number in homes} if copies else {}
+    dense = sum(p.nbytes for p in model.parameters())
+    geometry = geometry_of(architecture_of(config, ""), config, "")
+    threads = resident_threads(device) if device.type == "cuda" else RESIDENT_THREADS
+    experts = Experts(homes, sizes, begin)
+    return ledger(model.config, geometry, dense, experts, length=length, threads=threads)
+
+
+def held(placement: str, stage: str, told: Ledger, device: torch.device) -> float:
+    """Print what is in use of the GPU, and how it divides; returns GiB."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    used, reserved = (total - free) / 2**30, torch.cuda.memory_reserved(device) / 2**30
+    allocated, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    print(
+        f"{placement}, {stage}: {used:.2f} GiB in use, {reserved:.2f} reserved by torch "
+        f"({allocated / 2**30:.2f} allocated, {most / 2**30:.2f} at most), {used - reserved:.2f} "
+        f"beside; ledger {told.total / 2**30:.2f} = {sum(told.torch.values()) / 2**30:.2f} + "
+        f"{sum(told.driver.values()) / 2**30:.2f}",
+        flush=True,
+    )
+    torch.cuda.reset_peak_memory_stats(device)
+    return used
+
+
+def hits(decoder: Decoder, model: PreTrainedModel) -> float:
+    """Part of the calls of a few steps whose experts are in GPU memory."""
+    found: list[Tensor] = []
+    for _ in range(4):
+        decoder.tokens.random_(5, model.config.vocab_size)
+        decoder.step()
+        for half in decoder._halves:
+            if isinstance(half, Sparse):
+                roads = half._block.experts.roads(half._index.device)
+                found.append((roads[half._index] == ROADS.index("resident")).float().mean())
+    return float(torch.stack(found).mean()) if found else 0.0
 
 
 def at_context(
@@ -172,6 +243,7 @@ def _step_seconds(decoder: Decoder, device: torch.device, steps: int) -> float:
     _wait(device)
     started = time.perf_counter()
     for _ in range(steps):
+        decoder.tokens.random_(5, len(decoder.logits[0]))
         decoder.step()
     _wait(device)
     return (time.perf_counter() - started) / steps

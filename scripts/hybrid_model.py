@@ -75,7 +75,7 @@ def random_records(experts: int, hidden: int, inner: int, scheme: AffineScheme =
 
 def full_layout(hidden: int, inner: int, scheme: AffineScheme = SCHEME) -> Layout:
     """The record of one expert."""
-    return planned_layout(scheme, scheme, hidden, inner)
+    return planned_layout(scheme, hidden, inner)
 
 
 def _fill(model: PreTrainedModel, device: torch.device) -> None:

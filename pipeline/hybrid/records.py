@@ -142,15 +142,14 @@ def packable(scheme: AffineScheme, columns: int) -> bool:
 
 def layout_of(gate_up: QuantizedTensor, down: QuantizedTensor) -> Layout:
     """The record for experts of these shapes; ValueError where `packable` says no."""
-    inner, hidden = down.shape[-1], down.shape[-2]
-    return planned_layout(gate_up.scheme, down.scheme, hidden, inner)
+    first = _part(gate_up.scheme, *gate_up.shape[-2:], 0)
+    return Layout(first, _part(down.scheme, *down.shape[-2:], _up(first.end)))
 
 
-def planned_layout(wide: AffineScheme, narrow: AffineScheme, hidden: int, inner: int) -> Layout:
-    """The record for experts of these sizes: `wide`, gate and up; `narrow`, down; ValueError where
-    `packable` says no."""
-    first = _part(wide, 2 * inner, hidden, 0)
-    return Layout(first, _part(narrow, hidden, inner, _up(first.end)))
+def planned_layout(scheme: AffineScheme, hidden: int, inner: int) -> Layout:
+    """The record for experts of these sizes, not read yet; ValueError where `packable` says no."""
+    first = _part(scheme, 2 * inner, hidden, 0)
+    return Layout(first, _part(scheme, hidden, inner, _up(first.end)))
 
 
 def empty(

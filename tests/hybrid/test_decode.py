@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hybrid_models import MODELS, write_output
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import hybrid
 from pipeline.errors import UserError
@@ -103,3 +104,32 @@ def test_generate_goes_through_it(model, one_thread):
             assert torch.equal(got, want)
     assert steps.count("FixedCache") == 2 * 2 * (7 + 1)  # prefill calls the model itself
     assert steps.count("DynamicCache") == 2 * 7
+
+
+class Operations(TorchDispatchMode):
+    """How many there were that take a device's time."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not any(name in str(function) for name in ("view", "empty", "slice"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_piece_of_a_step_is_without_work(model, one_thread):
+    """Each is a graph of its own on a GPU, which an empty one would be in vain."""
+    decoder = decode.Decoder(model, 2, 32)
+    with torch.no_grad():
+        decoder.prefill(torch.randint(5, model.config.vocab_size, (2, 5)))
+        decoder.step()
+        pieces, counts, host = decoder._pieces(), [], None
+        while not counts or host is not None:
+            with Operations() as seen:
+                host = next(pieces, None)
+            counts.append(seen.count)
+            if host is not None:
+                host()
+    assert len(counts) == 1 + sum(hasattr(x.mlp, "experts") for x in model.model.layers)
+    assert min(counts) > 0

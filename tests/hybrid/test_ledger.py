@@ -62,7 +62,7 @@ def _stated(request, layers=48, length=4352, name="qwen3-next-80b", scheme=None)
     made = GEOMETRIES[name].cut(layers, None)
     geometry = geometry_of(architecture_of(made.config, name), made.config, name)
     scheme = scheme or AffineScheme(4, 128, True)
-    size = planned_layout(scheme, scheme, made.hidden, made.inner).nbytes
+    size = planned_layout(scheme, made.hidden, made.inner).nbytes
     homes = by_request({i: LayerExperts(made.experts, size) for i in geometry.moe_layers}, request)
     sizes = {} if request == "cpu" else dict.fromkeys(homes, size)
     config = model_config(made.config)
@@ -83,7 +83,7 @@ def _on_paper(monkeypatch):
     made = GEOMETRIES["qwen3-next-80b"].cut(4, None)
     model = build_skeleton(model_config(made.config), torch.bfloat16)
     scheme = AffineScheme(4, 128, True)
-    layout = planned_layout(scheme, scheme, made.hidden, made.inner)
+    layout = planned_layout(scheme, made.hidden, made.inner)
     for layer in model.model.layers:
         records = Records(layout, torch.empty((512, layout.nbytes), dtype=torch.uint8, device=META))
         road = {"zero-copy": split.DeviceRoad(range(512), records)}
