@@ -142,8 +142,9 @@ def packable(scheme: AffineScheme, columns: int) -> bool:
 
 def layout_of(gate_up: QuantizedTensor, down: QuantizedTensor) -> Layout:
     """The record for experts of these shapes; ValueError where `packable` says no."""
-    first = _part(gate_up.scheme, *gate_up.shape[-2:], 0)
-    return Layout(first, _part(down.scheme, *down.shape[-2:], _up(first.end)))
+    (rows, columns), (outputs, inner) = gate_up.shape[-2:], down.shape[-2:]
+    first = _part(gate_up.scheme, rows, columns, 0)
+    return Layout(first, _part(down.scheme, outputs, inner, _up(first.end)))
 
 
 def planned_layout(scheme: AffineScheme, hidden: int, inner: int) -> Layout:
