@@ -7,5 +7,5 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 python3 -m venv "$dir"
 CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" "$dir/bin/pip" install --quiet \
     --no-binary llama-cpp-python "llama-cpp-python==0.3.36"
-"$dir/bin/pip" install --quiet "gguf==0.19.0" "safetensors==0.8.0" "psutil==7.2.2"
+"$dir/bin/pip" install --quiet "gguf==0.19.0" "safetensors==0.8.0"
 "$dir/bin/pip" freeze --quiet > "$dir/versions.txt"
