@@ -64,18 +64,36 @@ def make(folder: Path) -> None:
 
 
 def ours(folder: Path, threads: int) -> Layer:
-    """The CPU's road of the hybrid runtime."""
-    from pipeline.checkpoint.formats.gptq import unpack
-    from pipeline.hybrid.modules import HybridExperts
+    """The CPU's road of the hybrid runtime: the compiled kernel."""
     from pipeline.hybrid.native.experts import NativeExperts, kernel_for
     from pipeline.hybrid.records import pack
-    from pipeline.hybrid.stored import pair_rows, to_matrices
+
+    wide, narrow = _quantised(folder)
+    kernel = kernel_for(wide, narrow, torch.bfloat16)
+    if kernel is None:
+        raise SystemExit("the compiled kernel is missing: `requant doctor` says why")
+    return NativeExperts(kernel, pack(wide, narrow))
+
+
+def ours_by_torch(folder: Path, threads: int) -> Layer:
+    """The same road where that kernel is missing: torch's int4 product, expert by expert."""
+    from pipeline.hybrid.modules import HybridExperts
+    from pipeline.hybrid.stored import to_matrices
+
+    gate_up, down = (to_matrices(q, torch.bfloat16)[1] for q in _quantised(folder))
+    return HybridExperts(gate_up, down, EXPERTS, torch.nn.functional.silu)
+
+
+def _quantised(folder: Path) -> tuple[Any, Any]:
+    """Gate and up stacked, and down, in this repository's type, which is imported late."""
+    from pipeline.checkpoint.formats.gptq import unpack
+    from pipeline.hybrid.stored import pair_rows
     from pipeline.quantize.tensor import AffineScheme
 
     scheme = AffineScheme(4, GROUP, True)
     with safe_open(folder / FILE, "pt") as file:
 
-        def read(*names: str) -> Any:  # noqa: ANN401  (this repository's type, imported late)
+        def read(*names: str) -> Any:  # noqa: ANN401
             experts = [f"model.layers.0.mlp.experts.{e}." for e in range(EXPERTS)]
             stems = [f"{expert}{name}." for expert in experts for name in names]
             parts = {
@@ -84,12 +102,7 @@ def ours(folder: Path, threads: int) -> Layer:
             }
             return unpack(parts, scheme)
 
-        wide, narrow = pair_rows(read("gate_proj", "up_proj")), read("down_proj")
-    kernel = kernel_for(wide, narrow, torch.bfloat16)
-    if kernel is not None:
-        return NativeExperts(kernel, pack(wide, narrow))
-    gate_up, down = (to_matrices(q, torch.bfloat16)[1] for q in (wide, narrow))
-    return HybridExperts(gate_up, down, EXPERTS, torch.nn.functional.silu)
+        return pair_rows(read("gate_proj", "up_proj")), read("down_proj")
 
 
 def kt_kernel(folder: Path, threads: int) -> Layer:
@@ -222,7 +235,12 @@ def report(side: str, layer: Layer, folder: Path, threads: int) -> None:
     print(json.dumps(row))
 
 
-SIDES = {"ours": ours, "kt-kernel": kt_kernel, "kt-kernel-q4_0": kt_llamafile}
+SIDES = {
+    "ours": ours,
+    "ours-torch": ours_by_torch,
+    "kt-kernel": kt_kernel,
+    "kt-kernel-q4_0": kt_llamafile,
+}
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def _prepared(group: str, folder: str, threads: int) -> list[Command]:
     if group == "one-layer":
         script = str(PEERS / "one_layer.py")
         _run([sys.executable, script, "make", folder])
-        sides = [[sys.executable, script, "ours", folder, *given]]
+        sides = [[sys.executable, script, name, folder, *given] for name in ("ours", "ours-torch")]
         for name in ("kt-kernel", "kt-kernel-q4_0"):
             sides += _with(KT_KERNEL, "make_env.sh", [script, name, folder, *given])
         return sides
