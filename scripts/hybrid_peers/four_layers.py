@@ -37,6 +37,10 @@ from pipeline.sizes import parse_size
 LAYERS, FULL, VOCABULARY = 4, 48, 1024
 STEPS = 16
 GEOMETRY = MODELS["qwen3-next-80b"]
+STACKS = 2
+"""Stacks of experts of the dense model on the CPU, 3.2 GB each: layers 0 and 2 share one, 1 and 3
+the other.  Between two uses of one lie 126 MB of other experts' weights, which no cache holds, so
+that this takes as long as four would, in 7 GB of RAM."""
 CHUNK = 32
 """Experts dequantised at once."""
 
@@ -66,24 +70,31 @@ class Plain:
         return logits
 
 
-def dense(experts: int) -> PreTrainedModel:
-    """The dense model on the CPU, each layer's experts in memory of its own."""
+def dense(experts: int, own: int) -> PreTrainedModel:
+    """The dense model on the CPU; `own`: stacks of experts, which the layers take in turns."""
     model = without_experts(LAYERS, experts, torch.device("cpu"), VOCABULARY)
-    block = random_records(experts, GEOMETRY.hidden, GEOMETRY.inner)
-    stacks = [torch.empty(q.shape, dtype=torch.bfloat16) for q in block.unpack()]
-    for stack, quantized in zip(stacks, block.unpack(), strict=True):
-        for first in range(0, experts, CHUNK):
-            part = slice(first, first + CHUNK)
-            stack[part] = quantized[part].dequantize(torch.bfloat16)
+    first = _dequantised(experts)
+    stacks = [first, *([stack.clone() for stack in first] for _ in range(own - 1))]
     bare = build_skeleton(model.config, torch.bfloat16)
     for number, (layer, meta) in enumerate(zip(model.model.layers, bare.model.layers, strict=True)):
         module = meta.mlp.experts
-        for name, stack in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
-            own = stack if number == 0 else stack.clone()
-            setattr(module, name, nn.Parameter(own, requires_grad=False))
+        mine = stacks[number % own]
+        for name, stack in zip(("gate_up_proj", "down_proj"), mine, strict=True):
+            setattr(module, name, nn.Parameter(stack, requires_grad=False))
         layer.mlp.experts = module
     model.config = bare.config
     return model
+
+
+def _dequantised(experts: int) -> list[Tensor]:
+    """A layer's experts as transformers stacks them, some at a time."""
+    quantized = random_records(experts, GEOMETRY.hidden, GEOMETRY.inner).unpack()
+    stacks = [torch.empty(q.shape, dtype=torch.bfloat16) for q in quantized]
+    for stack, part in zip(stacks, quantized, strict=True):
+        for first in range(0, experts, CHUNK):
+            some = slice(first, first + CHUNK)
+            stack[some] = part[some].dequantize(torch.bfloat16)
+    return stacks
 
 
 def spread(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -124,7 +135,7 @@ def run(side: str, folder: Path, args: argparse.Namespace) -> None:
     read: Any
     step: Any
     if side in ("dense", "accelerate"):
-        model = dense(args.experts)
+        model = dense(args.experts, LAYERS if on_gpu else STACKS)
         plain = Plain(spread(model, device) if on_gpu else model, device)
         read, step = plain.read, plain.step
         how = f"experts by transformers' {model.config._experts_implementation}"
