@@ -188,11 +188,11 @@ def _kt_layer(cpu: Any, moe: Any, kept: object) -> Layer:  # noqa: ANN401
     return layer
 
 
-def timed(layer: Layer, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
+def timed(layer: Layer, tokens: int, repeats: int, warm: int) -> tuple[list[float], list[float]]:
     """Milliseconds of each call by the clock, and of processor time, both in rising order; routed
-    anew every time, the first two calls not counted."""
+    anew every time, the first `warm` calls not counted."""
     taken = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + warm):
         x = torch.randn(tokens, HIDDEN).bfloat16()
         index = torch.rand(tokens, EXPERTS).topk(TOP).indices.contiguous()
         weights = torch.rand(tokens, TOP)
@@ -200,14 +200,14 @@ def timed(layer: Layer, tokens: int, repeats: int) -> tuple[list[float], list[fl
         layer(x, index, weights)
         ended = time.perf_counter(), time.process_time()
         taken.append((1e3 * (ended[0] - clock), 1e3 * (ended[1] - busy)))
-    clocks, busies = zip(*taken[2:], strict=True)
+    clocks, busies = zip(*taken[warm:], strict=True)
     return sorted(clocks), sorted(busies)
 
 
 def report(side: str, layer: Layer, folder: Path, threads: int) -> None:
     """Time it, and compare with what the other side made of the same tokens; see `table.py`."""
     nbytes = TOP * 3 * HIDDEN * INNER * (4 + 16 / GROUP) / 8
-    (one, one_busy), (many, many_busy) = timed(layer, 1, 60), timed(layer, PROMPT, 4)
+    (one, one_busy), (many, many_busy) = timed(layer, 1, 60, 3), timed(layer, PROMPT, 2, 1)
     median = statistics.median(one)
     note = (
         f"{threads} threads: one token {one[0]:.2f} ms best, {median:.2f} median "

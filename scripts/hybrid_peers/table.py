@@ -116,7 +116,10 @@ def _run(command: Command) -> list[Turn]:
         last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
         print(f"  {' '.join(command[1:4])}: {last}")
         return []
-    return [Turn(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [Turn(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    for turn in found:
+        print(f"    {turn.side}: {turn.decode:.2f}, {turn.prefill:.2f} tok/s", flush=True)
+    return found
 
 
 def _spread(values: list[float]) -> str:
