@@ -31,7 +31,7 @@ from pipeline.report.build import existing_report
 from pipeline.secrets import secrets
 from pipeline.stages.context import Context, Job
 from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
-from pipeline.stages.experts import CHUNK_PAIRS, TILE_EXPERTS
+from pipeline.stages.experts import CHUNK_PAIRS
 from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.placement import retreat
 from pipeline.stages.publish import check_wanted
@@ -180,7 +180,7 @@ def fingerprint(context: Context) -> dict[str, Any]:
         "texts": context.texts.digests,
         "seed": recipe.calibration.seed,
         "tiles": {
-            "experts": TILE_EXPERTS,
+            "experts": context.tile_experts,
             "tokens": TOKENS_PER_BATCH,
             "pairs": CHUNK_PAIRS,
             "hessian": [HESSIAN_EXPERTS, HESSIAN_TOKENS],

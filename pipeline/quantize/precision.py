@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,16 +29,33 @@ def float32_products() -> dict[str, str]:
     return {device: "ieee" if name == "none" else name for device, name in set_to.items()}
 
 
+class _Inside:
+    """How many threads are in `full_float32`, and what the settings were before the first."""
+
+    lock = Lock()
+    count = 0
+    before: tuple[str, str] = ("none", "none")
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Run float32 matrix products in IEEE float32 on CUDA and on CPU; restores the settings."""
+    """Run float32 matrix products in IEEE float32 on CUDA and on CPU; restores the settings.
+
+    They are the process's: where several threads are inside, the last one out restores.
+    """
     # Only the fp32_precision names (torch 2.9 on): after one of them was written, torch refuses to
     # read the older allow_tf32 spelling of the same switch.
     backends: Any = torch.backends
     cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
-    before = cuda.fp32_precision, cpu.fp32_precision
+    with _Inside.lock:
+        if not _Inside.count:
+            _Inside.before = cuda.fp32_precision, cpu.fp32_precision
+            cuda.fp32_precision = cpu.fp32_precision = "ieee"
+        _Inside.count += 1
     try:
-        cuda.fp32_precision = cpu.fp32_precision = "ieee"
         yield
     finally:
-        cuda.fp32_precision, cpu.fp32_precision = before
+        with _Inside.lock:
+            _Inside.count -= 1
+            if not _Inside.count:
+                cuda.fp32_precision, cpu.fp32_precision = _Inside.before

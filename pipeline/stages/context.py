@@ -15,6 +15,7 @@ from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.recipe import Recipe
 from pipeline.stages.texts import Texts, prepare_texts
+from pipeline.stages.tiling import tile_experts
 from pipeline.workdir import WorkDirectory
 
 
@@ -83,6 +84,13 @@ class Context:
     def solvers(self) -> tuple[torch.device, ...]:
         """The devices that a layer's tiles are solved on."""
         return (self.device, *self.others)
+
+    @property
+    def tile_experts(self) -> int:
+        """Experts that are decoded and solved together."""
+        calibration = self.recipe.calibration
+        tokens = calibration.samples * calibration.sequence_length
+        return tile_experts(self.geometry, tokens, self.device)
 
     @cached_property
     def texts(self) -> Texts:

@@ -27,8 +27,8 @@ from pipeline.checkpoint.writer import FileRecord, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.hub.fetch import listed_sha256
 from pipeline.stages.context import Context, Job
-from pipeline.stages.experts import tiles
 from pipeline.stages.side_files import copy_side_files, digest_side_files
+from pipeline.stages.tiling import tiles
 from pipeline.workdir import CONVERSION, refuse_immovable
 
 CHECK_UNIT = "dequantize-check"

@@ -31,10 +31,8 @@ from pipeline.quantize.routed import Turns, add_in_turns, grouped_product
 from pipeline.quantize.scaling import best_scales, candidate_scales, scale_losses
 from pipeline.quantize.solved import Quantizer, Solved
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
-from pipeline.stages.stream import COMPUTE_DTYPE, Recorded
-
-TILE_EXPERTS = 32
-"""Experts decoded and solved together.  Fixed: another tile gives other bytes."""
+from pipeline.stages.routing import Routed, rows_on
+from pipeline.stages.stream import COMPUTE_DTYPE
 
 CHUNK_PAIRS = 1 << 16
 """Pairs whose outputs are computed together.  Fixed, as the tile is."""
@@ -52,50 +50,6 @@ STRENGTH = 3.0
 many tokens as its matrix has columns is half its own.  Measured on held-out tokens of the shipped
 model with experts starved on purpose (docs/quality.md): best of 0.02 to 10 at 64 to 1,024 tokens
 an expert, or within 0.002 of the best."""
-
-
-@dataclass(frozen=True)
-class Routed:
-    """A stream's inputs to the experts of one layer, sorted by expert."""
-
-    inputs: Tensor
-    """bf16 [tokens, hidden]"""
-    tokens: Tensor
-    """int64 [pairs]: the token of each (token, expert) pair, pairs in expert order."""
-    weights: Tensor
-    """float32 [pairs]: the router's weight of each pair."""
-    offsets: tuple[int, ...]
-    """Expert e owns pairs offsets[e] to offsets[e + 1]."""
-
-    def count(self, expert: int) -> int:
-        """Tokens routed to an expert."""
-        return self.offsets[expert + 1] - self.offsets[expert]
-
-    def to(self, device: torch.device) -> Routed:
-        """The same on another device."""
-        return Routed(
-            self.inputs.to(device), self.tokens.to(device), self.weights.to(device), self.offsets
-        )
-
-
-def sort_by_expert(recorded: Recorded, experts: int) -> Routed:
-    """Sort a layer's recorded (token, expert) pairs by expert; stable, so deterministic."""
-    assert recorded.inputs is not None
-    assert recorded.index is not None
-    assert recorded.weight is not None
-    top_k = recorded.index.shape[1]
-    flat = recorded.index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=experts).tolist()
-    offsets = [0]
-    for count in counts:
-        offsets.append(offsets[-1] + count)
-    return Routed(
-        inputs=recorded.inputs,
-        tokens=order // top_k,
-        weights=recorded.weight.reshape(-1)[order],
-        offsets=tuple(offsets),
-    )
 
 
 @dataclass(frozen=True)
@@ -234,11 +188,6 @@ def tile_output(job: TileSource, tile: DenseTile, routed: Routed) -> TileOutput:
         output = grouped_product(inner, tile.down, inside)
         add_in_turns(values, turns, number, start, output, weights[part])
     return TileOutput(turns.rows, values)
-
-
-def rows_on(device: torch.device, table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table that may live elsewhere (in host memory, where the device's is small)."""
-    return table.index_select(0, index.to(table.device)).to(device)
 
 
 def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatistics) -> SolvedTile:
@@ -430,8 +379,3 @@ def _inner_of(job: TileSource, inputs: Tensor, gate_up: Tensor, offsets: list[in
 def _inner(job: TileSource, hidden: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = (hidden @ gate_up.T).chunk(2, dim=-1)
     return job.architecture.activation(gate) * up
-
-
-def tiles(experts: int) -> list[range]:
-    """The fixed tiles of a layer."""
-    return [range(s, min(s + TILE_EXPERTS, experts)) for s in range(0, experts, TILE_EXPERTS)]

@@ -25,9 +25,11 @@ from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.scaling import best_scales, candidate_scales, fold_norm, scale_losses
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context
-from pipeline.stages.experts import TileSource, decode_tile, rows_on, sort_by_expert, tiles
+from pipeline.stages.experts import TileSource, decode_tile
 from pipeline.stages.formats import module_rules
+from pipeline.stages.routing import rows_on, sort_by_expert
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded
+from pipeline.stages.tiling import tiles
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ class LayerFolding:
         context = self._context
         routed = sort_by_expert(recorded, context.geometry.experts)
         total = torch.zeros(len(candidates), device=candidates.device)
-        for experts in tiles(context.geometry.experts):
+        for experts in tiles(context.geometry.experts, context.tile_experts):
             source = TileSource(
                 context.checkpoint, context.architecture, layer, experts, context.device
             )

@@ -7,15 +7,16 @@ pieces wait.  So the same recipe gives the same bytes on a large GPU and on a sm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 
-from pipeline.models.architecture import Geometry
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.stages.context import Context
-from pipeline.stages.experts import CHUNK_PAIRS, TILE_EXPERTS
+from pipeline.stages.experts import CHUNK_PAIRS
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.texts import planned_windows
+from pipeline.stages.tiling import TILE_EXPERTS, tiles
 
 AHEAD, BEHIND = 3, 8
 """Tiles that may be decoded before their turn, and packed ones that may wait for the disk."""
@@ -40,6 +41,10 @@ class Placement:
     """Estimated peak; 0 without a GPU."""
     host_bytes: int
     """Estimated peak of anonymous and pinned memory, without what the libraries take."""
+    crew: int = 1
+    """Tiles solved at once on each device: threads of a CPU share them, a GPU has one."""
+    threads: int | None = None
+    """torch's threads inside each; None: as many as everywhere."""
 
 
 def place(context: Context) -> Placement:
@@ -48,10 +53,11 @@ def place(context: Context) -> Placement:
         return smallest(context)
     limit = int(context.recipe.limits.device_memory)
     streams, tile = stream_bytes(context), tile_bytes(context)
-    decoded = _decoded_bytes(context.geometry)
+    decoded = _decoded_bytes(context)
     # A graph of the forward pass keeps its memory through the layer's tiles.
     # Outputs of the source's streams wait on the device until the tile is solved.
-    inside = streams + tile + 2 * _output_bytes(context) + _forward_bytes(context) + decoded
+    work = max(tile + 2 * _output_bytes(context) + decoded, _weighing_bytes(context))
+    inside = streams + _forward_bytes(context) + work
     ahead = 1 if context.retreats else _fitting(limit - inside, decoded, AHEAD)
     inside += ahead * decoded
     if inside > limit or context.retreats == RETREATS:
@@ -72,32 +78,64 @@ def retreat(context: Context) -> bool:
 
 
 def smallest(context: Context) -> Placement:
-    """Streams in host memory, one tile at a time on the device."""
-    streams, decoded = stream_bytes(context), _decoded_bytes(context.geometry)
+    """Streams in host memory, one tile at a time on the device; on a CPU one for each of its
+    threads, as far as there is room."""
+    streams, decoded = stream_bytes(context), _decoded_bytes(context)
     tile, forward = tile_bytes(context), _forward_bytes(context)
-    on_host = context.device.type == "cpu"
+    weighing = _weighing_bytes(context)
+    limit = int(context.recipe.limits.host_memory)
+    if context.device.type != "cpu":
+        need = streams + decoded // 3
+        behind = _fitting(limit - need, decoded // 3, BEHIND)
+        return Placement(
+            home=torch.device("cpu"),
+            ahead=1,
+            behind=behind,
+            device_bytes=max(tile, forward, weighing) + 2 * decoded,
+            host_bytes=need + behind * decoded // 3,
+        )
+    # A tile's results wait their turn: three streams' outputs.
+    each = tile + 2 * decoded + 3 * _output_bytes(context)
     # On the host the allocator keeps most of what the forward pass had, in blocks too small to be
     # given back one by one.
-    work = (tile + forward if on_host else max(tile, forward)) + 2 * decoded
-    need = streams + (work if on_host else decoded // 3)
-    behind = _fitting(int(context.recipe.limits.host_memory) - need, decoded // 3, BEHIND)
+    base = streams + forward
+    threads = torch.get_num_threads()
+    inside = threads_inside(context)
+    crew = _fitting(limit - base, each, threads // inside)
+    need = base + max(crew * each, weighing)
+    behind = _fitting(limit - need, decoded // 3, BEHIND)
     return Placement(
         home=torch.device("cpu"),
         ahead=1,
         behind=behind,
-        device_bytes=0 if on_host else work,
+        device_bytes=0,
         host_bytes=need + behind * decoded // 3,
+        crew=crew,
+        threads=inside,
     )
+
+
+def threads_inside(context: Context) -> int:
+    """torch's threads for one tile on a CPU.
+
+    Tiles side by side, a thread each, never wait for one another; threads inside a tile meet after
+    each of its thousands of small operations.  Part of what decides the bytes, so the number of
+    tiles decides, not the memory.
+    """
+    count = len(tiles(context.geometry.experts, context.tile_experts))
+    return max(1, torch.get_num_threads() // count)
 
 
 def stream_tokens(context: Context) -> int:
     """Tokens of all streams."""
-    recipe = context.recipe
-    calibration = recipe.calibration.samples * recipe.calibration.sequence_length
-    evaluation = planned_windows(recipe) * recipe.validate_.window
-    corrects = recipe.requantize.error_correction
-    corrects &= QUANTIZERS[recipe.requantize.method].needs_hessian
-    return calibration + evaluation + (calibration if corrects else 0)
+    recipe = context.recipe.requantize
+    corrects = recipe.error_correction and QUANTIZERS[recipe.method].needs_hessian
+    calibration = _calibration_tokens(context)
+    return calibration + _evaluation_tokens(context) + (calibration if corrects else 0)
+
+
+def _evaluation_tokens(context: Context) -> int:
+    return planned_windows(context.recipe) * context.recipe.validate_.window
 
 
 def stream_bytes(context: Context) -> int:
@@ -108,33 +146,57 @@ def stream_bytes(context: Context) -> int:
 
 
 def tile_bytes(context: Context) -> int:
-    """Largest moment of a tile: gate and up in float32 with their Hessians and factors and the
-    tile's share of the tokens, or the outputs of a chunk of its pairs and their sums.
+    """Largest moment of a tile: weights in float32 with their Hessians and factors (of gate and
+    up, or of down) and the tile's share of the tokens, or the outputs of a chunk of its pairs and
+    their sums.
 
     Measured at hidden 2048, inner 512 and 5,120 tokens an expert, with error correction: 0.135 GiB
     an expert, for which this says 0.2.
     """
-    g = context.geometry
-    experts = min(TILE_EXPERTS, g.experts)
+    g, recipe = context.geometry, context.recipe.requantize
+    experts = min(context.tile_experts, g.experts)
     pairs = _tile_pairs(context)
     chunk = min(pairs, CHUNK_PAIRS) * (10 * g.hidden + 8 * g.inner) + _output_bytes(context)
-    if not QUANTIZERS[context.recipe.requantize.method].needs_hessian:
+    quantizer = QUANTIZERS[recipe.method]
+    if not quantizer.needs_hessian:
         return max(experts * 3 * g.inner * g.hidden * 12, chunk)
-    solver = experts * (4 * 2 * g.inner * g.hidden * 4 + 6 * 4 * g.hidden**2)
+    copies = 4 + 2 * (recipe.output_weighting and quantizer.weighs_outputs)
+    first = 4 * 2 * g.inner * g.hidden * 4 + 6 * 4 * g.hidden**2
+    second = copies * g.inner * g.hidden * 4 + 6 * 4 * g.inner**2
+    solver = experts * max(first, second)
     return max(solver + 2 * pairs * (2 * g.hidden + 3 * g.inner), chunk)
 
 
 def _tile_pairs(context: Context) -> int:
-    """Pairs of the most popular tile; one and a half times the mean has not been seen."""
-    g, recipe = context.geometry, context.recipe
-    calibration = recipe.calibration.samples * recipe.calibration.sequence_length
-    mean = calibration * g.top_k * min(TILE_EXPERTS, g.experts) // g.experts
-    return min(3 * mean // 2, calibration * g.top_k)
+    """Pairs of the most popular tile.
+
+    Of 32 experts one and a half times the mean has not been seen; the fewer, the less they even
+    each other out.
+    """
+    g, tokens = context.geometry, _calibration_tokens(context)
+    experts = min(context.tile_experts, g.experts)
+    mean = tokens * g.top_k * experts / g.experts
+    return min(int(mean * (1 + sqrt(TILE_EXPERTS / experts) / 2)), tokens * g.top_k)
+
+
+def _calibration_tokens(context: Context) -> int:
+    recipe = context.recipe.calibration
+    return recipe.samples * recipe.sequence_length
 
 
 def _output_bytes(context: Context) -> int:
-    """Sums of a tile's outputs for one stream, float32."""
-    return 4 * min(_tile_pairs(context), stream_tokens(context)) * context.geometry.hidden
+    """Sums of a tile's outputs for the calibration text, the longest stream, float32."""
+    tokens = max(_calibration_tokens(context), _evaluation_tokens(context))
+    return 4 * min(_tile_pairs(context), tokens) * context.geometry.hidden
+
+
+def _weighing_bytes(context: Context) -> int:
+    """`Sensitivity` as it reads the head: float32, and once more multiplied or centred, and some
+    Gram matrices."""
+    g, recipe = context.geometry, context.recipe.requantize
+    if not (recipe.output_weighting and QUANTIZERS[recipe.method].weighs_outputs):
+        return 0
+    return 8 * g.vocabulary * g.hidden + 6 * 4 * g.hidden**2
 
 
 def _forward_bytes(context: Context) -> int:
@@ -142,9 +204,10 @@ def _forward_bytes(context: Context) -> int:
     return 4 * TOKENS_PER_BATCH * context.geometry.hidden * FORWARD_WIDTHS
 
 
-def _decoded_bytes(g: Geometry) -> int:
+def _decoded_bytes(context: Context) -> int:
     """A decoded tile, bf16, and the stored bytes it was decoded from."""
-    return min(TILE_EXPERTS, g.experts) * 3 * g.inner * g.hidden * 3
+    g = context.geometry
+    return min(context.tile_experts, g.experts) * 3 * g.inner * g.hidden * 3
 
 
 def _fitting(room: int, each: int, most: int) -> int:

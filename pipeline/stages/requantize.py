@@ -36,16 +36,13 @@ from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import (
     DOWN_SAMPLE_TOKENS,
     LayerStatistics,
-    Routed,
     TileJob,
-    rows_on,
-    sort_by_expert,
-    tiles,
 )
 from pipeline.stages.folding import FoldedLayer, LayerFolding
 from pipeline.stages.formats import output_format
 from pipeline.stages.output import LayerEnd, LayerOutput, OutputWriter
 from pipeline.stages.placement import place
+from pipeline.stages.routing import Routed, rows_on, sort_by_expert
 from pipeline.stages.sensitivity import Sensitivity
 from pipeline.stages.source import record_source
 from pipeline.stages.stream import (
@@ -56,6 +53,7 @@ from pipeline.stages.stream import (
 )
 from pipeline.stages.streams import SavePolicy, Streams
 from pipeline.stages.tiles import LayerInputs, TileCrew
+from pipeline.stages.tiling import tiles
 from pipeline.stages.units import (
     ORIGINAL_FILE,
     ORIGINAL_UNIT,
@@ -95,9 +93,8 @@ class Requantize:
         self._policy = SavePolicy()
         placement = place(context)
         self._home = placement.home
-        self._ahead = placement.ahead
         self._writer = OutputWriter(context.work, placement.behind)
-        self._crew = TileCrew(context.solvers, placement.home, self._pack)
+        self._crew = TileCrew(context.solvers, placement, self._pack)
         self._reading = False
         self._begun = time.monotonic()
         self._read_before = context.checkpoint.bytes_read
@@ -116,7 +113,7 @@ class Requantize:
             self._record_reference(streams, started)
             return
         if not self._reading:
-            self._crew.read(lambda: self._jobs_from(layer), self._ahead)
+            self._crew.read(lambda: self._jobs_from(layer))
             self._reading = True
         self._layer(layer, streams, started)
 
@@ -339,7 +336,7 @@ class Requantize:
 
     def _layer_jobs(self, layer: int) -> Iterator[TileJob]:
         context = self._context
-        for number, experts in enumerate(tiles(context.geometry.experts)):
+        for number, experts in enumerate(tiles(context.geometry.experts, context.tile_experts)):
             yield TileJob(
                 checkpoint=context.checkpoint,
                 architecture=context.architecture,

@@ -20,8 +20,10 @@ from pipeline.evaluate.windows import Windows
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import geometry_of
-from pipeline.stages.experts import TileSource, decode_tile, sort_by_expert, tile_output, tiles
+from pipeline.stages.experts import TileSource, decode_tile, tile_output
+from pipeline.stages.routing import sort_by_expert
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, check_finite
+from pipeline.stages.tiling import tiles
 
 
 def stream_logits(

@@ -1,8 +1,8 @@
-"""A layer's tiles: read and decoded ahead, solved on one device or several, given back in order.
+"""A layer's tiles: read and decoded ahead, solved by one worker or several, given back in order.
 
-Tile i belongs to device i modulo the number of devices.  Each tile's result is a function of its
-job and the layer's inputs alone, and results are used in the order of the tiles: how many tiles are
-in flight, and how many devices there are, changes no byte.
+A worker is a GPU, or a thread of the CPU.  Tile i belongs to worker i modulo their number.  Each
+tile's result is a function of its job and the layer's inputs alone, and results are used in the
+order of the tiles: how many tiles are in flight, and how many workers there are, changes no byte.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from pipeline.quantize.tensor import QuantizedTensor
 from pipeline.stages.experts import (
     DenseTile,
     LayerStatistics,
-    Routed,
     TileJob,
     TileOutput,
     decode_tile,
     solve_tile,
     tile_output,
 )
+from pipeline.stages.placement import Placement
+from pipeline.stages.routing import Routed
 
 Pack = Callable[[QuantizedTensor], dict[str, Tensor]]
 
@@ -62,13 +63,16 @@ class TileResult:
 
 
 class TileReader:
-    """Reads and decodes the tiles of one device ahead of their use, in a thread of its own."""
+    """Reads and decodes the tiles of one worker ahead of their use, in a thread of its own."""
 
-    def __init__(self, jobs: Iterator[TileJob], device: torch.device, ahead: int) -> None:
-        """`jobs`: all tiles that will be taken, in order; `ahead`: how many to have ready."""
+    def __init__(
+        self, jobs: Iterator[TileJob], device: torch.device, ahead: int, threads: int | None
+    ) -> None:
+        """`jobs`: all tiles that will be taken, in order; `ahead`: how many to have ready;
+        `threads`: torch's own in the reader's."""
         self._jobs = jobs
         self._ahead = ahead
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"reader-{device}")
+        self._pool = _pool(f"reader-{device}", threads)
         self._ready: deque[tuple[TileJob, Future[DenseTile]]] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._events: dict[int, torch.cuda.Event] = {}
@@ -112,24 +116,28 @@ class TileReader:
 
 
 class TileCrew:
-    """The devices that solve a layer's tiles."""
+    """The workers that solve a layer's tiles."""
 
-    def __init__(self, devices: Sequence[torch.device], home: torch.device, pack: Pack) -> None:
-        """`home`: where the streams live; `devices[0]` is where everything else is computed."""
-        self._devices = tuple(devices)
-        self._home = home
+    def __init__(self, devices: Sequence[torch.device], placement: Placement, pack: Pack) -> None:
+        """`devices[0]` is where everything else is computed."""
+        self._devices = tuple(devices) * placement.crew
+        self._home = placement.home
+        self._ahead = placement.ahead
         self._pack = pack
-        self._pools = [
-            ThreadPoolExecutor(1, thread_name_prefix=f"solver-{i}") for i in range(len(devices))
-        ]
+        self._threads = placement.threads
+        count = len(self._devices)
+        alone = count == 1 and self._threads in (None, torch.get_num_threads())
+        self._pools = [] if alone else [_pool(f"solver-{i}", self._threads) for i in range(count)]
+        # Results that wait are memory; on a CPU one more than workers keeps all of them busy.
+        self._in_flight = count + 1 if devices[0].type == "cpu" else 2 * count
         self._readers: list[TileReader] = []
 
-    def read(self, jobs: Callable[[], Iterator[TileJob]], ahead: int) -> None:
-        """Begin to read: `jobs()` gives all tiles to come, each device takes its own."""
+    def read(self, jobs: Callable[[], Iterator[TileJob]]) -> None:
+        """Begin to read: `jobs()` gives all tiles to come, each worker takes its own."""
         count = len(self._devices)
         for number, device in enumerate(self._devices):
             own = _own_tiles(jobs(), number, count)
-            self._readers.append(TileReader(own, device, ahead))
+            self._readers.append(TileReader(own, device, self._ahead, self._threads))
 
     def device_of(self, number: int) -> torch.device:
         """Where tile `number` of a layer is solved."""
@@ -137,7 +145,7 @@ class TileCrew:
 
     def solve(self, jobs: Sequence[TileJob], inputs: LayerInputs) -> Iterator[TileResult]:
         """The results of a layer's tiles, in their order."""
-        if len(self._devices) == 1:
+        if not self._pools:
             for job in jobs:
                 yield self._work(self._readers[0], job, inputs)
             return
@@ -148,7 +156,7 @@ class TileCrew:
             at = number % len(self._devices)
             args = (self._readers[at], job, copies[at])
             waiting.append(self._pools[at].submit(self._work, *args))
-            if len(waiting) == 2 * len(self._devices):
+            if len(waiting) == self._in_flight:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -188,8 +196,19 @@ class TileCrew:
         )
 
 
+def _pool(name: str, threads: int | None) -> ThreadPoolExecutor:
+    """A thread for work in order; `threads`: torch's own inside it, None: as many as elsewhere."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    if threads is not None:
+        everywhere = torch.get_num_threads()
+        pool.submit(torch.set_num_threads, threads).result()
+        # What a thread sets holds for itself, and for all threads that begin after it.
+        torch.set_num_threads(everywhere)
+    return pool
+
+
 def _own_tiles(jobs: Iterator[TileJob], number: int, count: int) -> Iterator[TileJob]:
-    """Of all tiles, layer after layer, those of device `number` of `count`."""
+    """Of all tiles, layer after layer, those of worker `number` of `count`."""
     layer, index = -1, 0
     for job in jobs:
         index = index + 1 if job.layer == layer else 0

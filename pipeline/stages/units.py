@@ -10,11 +10,11 @@ from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.scaling import EXPONENTS, SEARCH_ROWS
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
-from pipeline.stages.experts import TILE_EXPERTS
 from pipeline.stages.formats import output_format
 from pipeline.stages.placement import place, stream_tokens
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.texts import planned_windows
+from pipeline.stages.tiling import TILE_EXPERTS
 
 REFERENCE_FILE = "validation_reference.safetensors"
 ORIGINAL_FILE = "validation_original.safetensors"

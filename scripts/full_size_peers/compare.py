@@ -44,8 +44,10 @@ from pipeline.models.skeleton import architecture_of
 from pipeline.quantize.precision import full_float32
 from pipeline.recipe import parse_recipe
 from pipeline.run import run
-from pipeline.stages.experts import TileSource, decode_tile, sort_by_expert, tiles
+from pipeline.stages.experts import TileSource, decode_tile
+from pipeline.stages.routing import sort_by_expert
 from pipeline.stages.stream import LayerStream
+from pipeline.stages.tiling import tiles
 
 SCRIPTS = Path(__file__).parents[1]
 GROUP = 128

@@ -24,18 +24,17 @@ from pipeline.stages.experts import (
     DOWN_SAMPLE_TOKENS,
     DenseTile,
     LayerStatistics,
-    Routed,
     SolvedTile,
     TileJob,
     TileSource,
     decode_tile,
     solve_tile,
-    sort_by_expert,
     tile_output,
-    tiles,
 )
+from pipeline.stages.routing import Routed, sort_by_expert
 from pipeline.stages.sensitivity import Sensitivity
 from pipeline.stages.stream import LayerStream, Recorded
+from pipeline.stages.tiling import tiles
 
 Tensors = dict[str, Tensor]
 

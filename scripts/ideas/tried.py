@@ -22,13 +22,13 @@ from pipeline.stages.experts import (
     STRENGTH,
     DenseTile,
     LayerStatistics,
-    Routed,
     SolvedTile,
     TileJob,
     _down_problem,
     _quantize,
     _share,
 )
+from pipeline.stages.routing import Routed
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded
 
 

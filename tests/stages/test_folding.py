@@ -19,13 +19,13 @@ from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.experts import (
     DenseTile,
     LayerStatistics,
-    Routed,
     TileJob,
     fold_tile,
     solve_tile,
     tile_output,
 )
 from pipeline.stages.folding import check_folds, fold_tensors, layer_folds
+from pipeline.stages.routing import Routed
 
 QWEN = ARCHITECTURES["qwen3_next"]
 ALL = QWEN.module_classes

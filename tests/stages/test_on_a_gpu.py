@@ -50,7 +50,7 @@ def test_replayed_graphs_give_the_bytes_of_plain_launches(project, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_bytes_of_one(project, monkeypatch):
-    monkeypatch.setattr("pipeline.stages.experts.TILE_EXPERTS", 3)
+    monkeypatch.setattr("pipeline.stages.tiling.TILE_EXPERTS", 3)
     shared = _converted(project, "shared")
     monkeypatch.setattr("pipeline.plan.further_devices", lambda device: ())
     assert _converted(project, "alone") == shared

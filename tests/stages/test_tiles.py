@@ -24,7 +24,7 @@ def _converted(project, name):
 
 @pytest.mark.parametrize("others", [1, 2])
 def test_several_devices_give_the_bytes_of_one(project, one_thread, cpu_only, monkeypatch, others):
-    monkeypatch.setattr("pipeline.stages.experts.TILE_EXPERTS", 3)  # 8 experts: 3 tiles
+    monkeypatch.setattr("pipeline.stages.tiling.TILE_EXPERTS", 3)  # 8 experts: 3 tiles
     alone = _converted(project, "alone")
     used = set()
     work = tiles.TileCrew._work
@@ -94,14 +94,14 @@ def test_a_writer_that_failed_stops_the_solver():
 
 
 def test_an_error_in_mid_layer_leaves_no_half_file(project, one_thread, cpu_only, monkeypatch):
-    monkeypatch.setattr("pipeline.stages.experts.TILE_EXPERTS", 4)
+    monkeypatch.setattr("pipeline.stages.tiling.TILE_EXPERTS", 4)
     monkeypatch.setattr(tiles, "solve_tile", _failing_at(tiles.solve_tile, 4))
     with pytest.raises(RuntimeError, match="lost"):
         project.run(until="shard")
     assert not list(project.partial.glob("model-experts-layer-001*"))
     assert not list(project.partial.rglob("*.tmp"))
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.stages.experts.TILE_EXPERTS", 4)
+    monkeypatch.setattr("pipeline.stages.tiling.TILE_EXPERTS", 4)
     project.run(until="shard")
     resumed = digests(project.output)
     assert any("resuming" in line for line in project.said)
