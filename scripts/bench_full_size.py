@@ -4,7 +4,7 @@
     python scripts/bench_full_size.py --layers 4 --trace           # kernels, by torch.profiler
     python scripts/bench_full_size.py                              # all 48 layers
     python scripts/bench_full_size.py --method rtn
-    python scripts/bench_full_size.py --device cpu --layers 1 --samples 8 --threads 2
+    python scripts/bench_full_size.py --layers 1 --samples 8 --threads 2
 
 The source is generated into a memory file system first (--source keeps and reuses a directory); the
 result goes to disk and is verified and deleted.  End to end means: from a source whose headers have

@@ -21,6 +21,7 @@ from pipeline.errors import ResourceError
 from pipeline.plan import RUNTIME_BYTES, as_dict, plan, prepare
 from pipeline.recipe import load_recipe
 from pipeline.stages.order import BUILDING, STAGES
+from pipeline.stages.placement import place, tile_bytes
 from pipeline.stages.texts import planned_windows
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwen3-next-80b-gptq.yaml"
@@ -161,6 +162,39 @@ def test_80b_on_too_small_a_gpu(large, roomy, monkeypatch):
         plan(context)
     made = plan(dataclasses.replace(context, recipe=large.recipe))
     assert made.device_bytes < 24 * GIB
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq", "rtn"])
+def test_gpu_memory_hardly_depends_on_the_number_of_experts(large, method):
+    """Fewer experts get more tokens each, and smaller tiles; limits have no say in those."""
+    wanted = large.recipe.requantize.model_copy(update={"method": method})
+    recipe = large.recipe.model_copy(update={"requantize": wanted})
+    needs = {}
+    for experts, each in ((512, 32), (256, 16), (128, 8), (64, 4), (32, 2)):
+        geometry = dataclasses.replace(large.geometry, experts=experts)
+        context = dataclasses.replace(
+            large, device=torch.device("cuda"), geometry=geometry, recipe=recipe
+        )
+        assert context.tile_experts == each
+        found = place(context)
+        assert found.home.type == "cuda"
+        needs[experts] = found.device_bytes
+        small = recipe.limits.model_copy(update={"device_memory": 8 * GIB})
+        tight = dataclasses.replace(context, recipe=recipe.model_copy(update={"limits": small}))
+        assert tight.tile_experts == each
+        assert place(tight).home.type == "cpu"
+    assert max(needs.values()) < 24 * GIB
+    assert max(needs.values()) < 1.15 * min(needs.values())
+
+
+def test_tiles_of_wide_experts(large):
+    """Mixtral's inputs of down are seven times as wide: one expert fills a tile, on a CPU too."""
+    wide = dataclasses.replace(large.geometry, experts=8, top_k=2, hidden=4096, inner=14336)
+    for device in ("cuda", "cpu"):
+        context = dataclasses.replace(large, device=torch.device(device), geometry=wide)
+        assert context.tile_experts == 1
+    # Their second moments alone, and five more of that size, are 5 GB.
+    assert tile_bytes(context) > 6 * 4 * 14336**2
 
 
 def test_sizes_are_what_comes_to_be(project):

@@ -1,7 +1,9 @@
 """Tiles in flight, several devices, and files written tile by tile: no byte depends on them."""
 
 import queue
+import threading
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from support.recipes import digests
 from pipeline.checkpoint.pieces import pack_tile, write_experts
 from pipeline.checkpoint.writer import write_safetensors
 from pipeline.errors import OutputError
-from pipeline.stages import requantize, tiles
+from pipeline.stages import placement, requantize, tiles
 from pipeline.stages.output import LayerOutput
 from pipeline.stages.streams import SavePolicy
 
@@ -39,6 +41,29 @@ def test_several_devices_give_the_bytes_of_one(project, one_thread, cpu_only, mo
     )
     assert _converted(project, "shared") == alone
     assert len(used) == 1 + others
+
+
+def test_threads_of_a_cpu_share_the_tiles(project, cpu_only, monkeypatch):
+    """A thread each; with memory for one tile at a time the bytes are the same."""
+    monkeypatch.setattr("pipeline.stages.tiling.TILE_EXPERTS", 2)  # 8 experts: 4 tiles
+    seen = set()
+    work = tiles.TileCrew._work
+
+    def noted(*args):
+        seen.add((threading.current_thread().name, torch.get_num_threads()))
+        return work(*args)
+
+    monkeypatch.setattr(tiles.TileCrew, "_work", noted)
+    project.change(limits={"threads": 3})
+    shared = _converted(project, "shared")
+    assert seen == {(f"solver-{i}_0", 1) for i in range(3)}
+    assert torch.get_num_threads() == 3
+    seen.clear()
+    monkeypatch.setattr(
+        requantize, "place", lambda context: replace(placement.place(context), crew=1)
+    )
+    assert _converted(project, "alone") == shared
+    assert seen == {("solver-0_0", 1)}
 
 
 def test_limits_change_no_byte(project, one_thread, cpu_only):
