@@ -30,7 +30,7 @@ from pipeline.recipe import Recipe
 from pipeline.report.build import existing_report
 from pipeline.secrets import secrets
 from pipeline.stages.context import Context, Job
-from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged
+from pipeline.stages.dequantize import CHECK_UNIT, check_unchanged, early_digests
 from pipeline.stages.experts import CHUNK_PAIRS
 from pipeline.stages.order import BUILDING, STAGES
 from pipeline.stages.placement import retreat
@@ -69,7 +69,20 @@ def run(
         raise RecipeError("the recipe holds a token of yours; take it out, HF_TOKEN is enough")
     use_threads(recipe.limits.threads)
     chosen = _chosen_stages(recipe, until, only)
-    context = _prepared(recipe, text, chosen, announce)
+    with early_digests(recipe) as digests:
+        context = _prepared(recipe, text, chosen, announce)
+        context.digest = digests.of
+        _run(context, chosen, fresh, quiet, announce)
+    return context
+
+
+def _run(
+    context: Context,
+    chosen: list[str],
+    fresh: bool,
+    quiet: bool,
+    announce: Callable[[str], None],
+) -> None:
     with context.work:
         context.work.recover()
         wanted = fingerprint(context)  # reads the texts: nothing is forgotten for a bad one
@@ -92,8 +105,7 @@ def run(
             elif name not in BUILDING:
                 _execute_rest(context, name, quiet)
                 if name == "publish":
-                    announce(f"{recipe.publish.repo} on the Hub holds this model")
-    return context
+                    announce(f"{context.recipe.publish.repo} on the Hub holds this model")
 
 
 def survey(recipe: Recipe, text: str) -> Plan:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Full size on a GPU, in one go: machine, a layer's parts, kernels, whole conversions.
-# Usage: scripts/gpu_full_size.sh STEP...   (machine parts trace two four eight experts whole rtn)
+# Usage: scripts/gpu_full_size.sh STEP...   (machine parts trace two four eight experts whole rtn oom)
 # Sources go to a memory file system, results to out/; every step has a time limit of its own, and
 # all together TOTAL_SECONDS: a step that has less left than it may take gets what is left.
 set -uo pipefail
@@ -41,9 +41,10 @@ for name in "$@"; do
         eight) bench 200 --layers 8 ;;
         uncorrected) bench 120 --layers 4 --no-correction ;;
         rtn4) bench 60 --layers 4 --method rtn ;;
-        experts) for n in 64 128; do bench 90 --layers 2 --experts "$n"; done ;;
+        experts) for n in 64 128 512; do bench 90 --layers 2 --experts "$n"; done ;;
         whole) bench "${WHOLE_SECONDS:-560}" --source "$memory/whole" ;;
         rtn) bench 180 --source "$memory/whole" --method rtn ;;
+        oom) limit 80 python3 -m pytest -q -n 0 -p no:cacheprovider tests/stages/test_on_a_gpu.py ;;
         drop) rm -rf "$memory/whole" ;;
         *) echo "unknown step $name" ;;
     esac

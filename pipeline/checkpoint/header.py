@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.checkpoint.stored import DTYPES, TensorEntry
 from pipeline.checkpoint.untrusted import (
     Limits,
-    check_tensor_name,
+    check_tensor_names,
     is_size,
     parse_table,
     shown,
@@ -80,6 +80,7 @@ def parse_header(text: bytes, size: int, file: str) -> FileHeader:
     if not isinstance(metadata, dict):
         raise _bad(file, "its __metadata__ is not a table of strings")
     start = 8 + len(text)
+    check_tensor_names(table, file)
     entries = [_entry(file, name, value, start) for name, value in table.items()]
     end = _check_ranges(file, entries, start)
     if size not in (start, end):
@@ -108,7 +109,6 @@ def _header_bytes(path: Path, file: str) -> tuple[int, bytes]:
 
 
 def _entry(file: str, name: str, value: dict[str, Any], start: int) -> TensorEntry:
-    check_tensor_name(name, file)
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         whole = len(shape) <= MAX_DIMENSIONS and all(map(is_size, (*shape, begin, end)))

@@ -15,6 +15,7 @@ from pipeline.checkpoint.untrusted import (
     SMALL,
     Limits,
     check_name,
+    check_tensor_names,
     parse_table,
     read_limited,
     shown,
@@ -69,12 +70,11 @@ def listed_files(weight_map: object) -> list[str]:
     """The files that an index names, sorted; CheckpointError for what no index may say."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
-    files = set()
-    for tensor, file in weight_map.items():
-        check_name(tensor, INDEX_NAME)
-        if not isinstance(file, str):
-            raise CheckpointError(f"{INDEX_NAME}: {tensor} is mapped to no file name")
-        files.add(file)
+    check_tensor_names(weight_map, INDEX_NAME)
+    if not set(map(type, weight_map.values())) <= {str}:
+        tensor = next(name for name, file in weight_map.items() if not isinstance(file, str))
+        raise CheckpointError(f"{INDEX_NAME}: {tensor} is mapped to no file name")
+    files = set(weight_map.values())
     for file in sorted(files):
         _check_name(file)
     pair = twins(sorted(files))

@@ -397,15 +397,14 @@ def _check_completeness(headers: Sequence[FileHeader]) -> None:
 
 
 def _merge(headers: Iterable[FileHeader]) -> dict[str, TensorEntry]:
-    entries: dict[str, TensorEntry] = {}
-    for header in headers:
-        for entry in header.entries:
-            other = entries.setdefault(entry.name, entry)
-            if other is not entry:
-                raise CheckpointError(
-                    f"{entry.file}: {entry.name} is in {other.file} too; the files are not of one "
-                    "model"
-                )
+    every = [entry for header in headers for entry in header.entries]
+    entries = {entry.name: entry for entry in every}
+    if len(entries) != len(every):
+        first: dict[str, TensorEntry] = {}
+        entry, other = next((e, o) for e in every if (o := first.setdefault(e.name, e)) is not e)
+        raise CheckpointError(
+            f"{entry.file}: {entry.name} is in {other.file} too; the files are not of one model"
+        )
     pair = twins(entries)
     if pair is not None:
         file = entries[pair[1]].file

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,10 @@ from pipeline.errors import CheckpointError
 
 THREADS = min(16, os.cpu_count() or 1)
 """Files digested at once."""
+
+BLOCK_BYTES = 8 << 20
+"""Read and digested at once.  Between two blocks a thread asks for the interpreter, and waits while
+others run Python."""
 
 SUMS_NAME = "SHA256SUMS"
 UNSEALED = (
@@ -35,10 +40,51 @@ ADDED = ("LICENSE",)
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def digest_file(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file, hexadecimal; "" once `stop` is set."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        block = memoryview(bytearray(max(1, min(BLOCK_BYTES, size))))
+        while count := stream.readinto(block):
+            if stop is not None and stop.is_set():
+                return ""
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+class EarlyDigests:
+    """Digests of files, begun before anybody asks; a context manager, which ends them."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="digests")
+        self._begun = {path: self._pool.submit(self._digest, path) for path in paths}
+
+    def __enter__(self) -> EarlyDigests:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def of(self, path: Path) -> str:
+        """SHA-256 of a file as it is now, whether it was begun or has changed since or not."""
+        begun = self._begun.get(path)
+        if begun is not None and not self._stop.is_set():
+            known, digest = begun.result()
+            if known == identity(path):
+                return digest
+        return digest_file(path)
+
+    def _digest(self, path: Path) -> tuple[dict[str, int], str]:
+        return identity(path), digest_file(path, self._stop)
+
+
+def identity(path: Path) -> dict[str, int]:
+    """Size and time of change: equal ones spare reading the file again."""
+    status = path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def sealed_files(directory: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.checkpoint.sums import digest_file
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.recipe import Recipe
@@ -75,6 +76,8 @@ class Context:
     """`source.reference`, opened."""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     """By stage; given by whoever has made a plan."""
+    digest: Callable[[Path], str] = field(default=digest_file)
+    """SHA-256 of a file of the source; a run begins with them before it opens the source."""
     retreats: int = 0
     """How often the device's memory ran out, so that less was put on it (`placement.retreat`)."""
     progress: Callable[[str], None] = field(default=lambda _message: None)

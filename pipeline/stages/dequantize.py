@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from torch import Tensor
 from pipeline.checkpoint.index import build_index
 from pipeline.checkpoint.names import expert_of
 from pipeline.checkpoint.seal import with_digest
-from pipeline.checkpoint.sums import digest_file, write_sums
+from pipeline.checkpoint.sums import EarlyDigests, digest_file, identity, write_sums
+from pipeline.checkpoint.untrusted import expanded
 from pipeline.checkpoint.writer import FileRecord, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.hub.fetch import listed_sha256
+from pipeline.recipe import Recipe
 from pipeline.stages.context import Context, Job
 from pipeline.stages.side_files import copy_side_files, digest_side_files
 from pipeline.stages.tiling import tiles
-from pipeline.workdir import CONVERSION, refuse_immovable
+from pipeline.workdir import CONVERSION, WorkDirectory, refuse_immovable
 
 CHECK_UNIT = "dequantize-check"
 WRITE_UNIT = "dequantize-write"
@@ -93,7 +96,7 @@ class Dequantize:
         stored = {n: w for n, w in checkpoint.weights.items() if expert_of(n) is None}
         paths = [checkpoint.path / name for name in sorted(checkpoint.headers)]
         with ThreadPoolExecutor(THREADS) as pool:
-            digesting = [pool.submit(digest_file, path) for path in paths]
+            digesting = [pool.submit(self._context.digest, path) for path in paths]
             # The experts are checked when they are decoded, tile by tile.
             for checked in [pool.submit(self._decodes, name) for name in stored]:
                 checked.result()
@@ -203,10 +206,16 @@ def _read_json(path: Path) -> object:
         return None
 
 
-def identity(path: Path) -> dict[str, int]:
-    """Size and time of change: equal ones spare reading the file again."""
-    status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+def early_digests(recipe: Recipe) -> EarlyDigests:
+    """The source's digests, begun where a run has all of it before it: opening the source takes one
+    processor and hardly reads."""
+    files: list[Path] = []
+    with suppress(OSError):  # told of by whoever opens them
+        work = WorkDirectory(Path(recipe.output.path).absolute())
+        source = expanded(recipe.source.model)
+        if not work.begun and not work.output.exists() and source.is_dir():
+            files = [f for f in sorted(source.glob("*.safetensors")) if f.is_file()]
+    return EarlyDigests(files)
 
 
 def check_unchanged(context: Context, files: Mapping[str, Any], begun: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,15 @@ class Shard:
             for i in [None, *range(context.geometry.layers)]
             for name, nbytes in _sizes(root / dense_file(i)).items()
         }
-        nonexpert = write_nonexpert(
-            root, {n: size for n, (_, size) in dense.items()}, lambda n: _read(dense[n][0], n)
-        )
-        experts = {
-            records[experts_file(i)]: (i, _sizes(root / experts_file(i)))
-            for i in context.geometry.moe_layers
-        }
+        nbytes = {n: size for n, (_, size) in dense.items()}
+        with ThreadPoolExecutor(1, thread_name_prefix="nonexpert") as beside:
+            written = beside.submit(write_nonexpert, root, nbytes, lambda n: _read(dense[n][0], n))
+            # Headers take a processor while the disk writes.
+            experts = {
+                records[experts_file(i)]: (i, _sizes(root / experts_file(i)))
+                for i in context.geometry.moe_layers
+            }
+            nonexpert = written.result()
         tokens = {m.data["layer"]: m.data.get("tokens") for m in layers}
         sealed = [
             *write_tables(root, self._config(), nonexpert, experts, tokens, context.geometry),

@@ -13,7 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline.checkpoint.header import read_header
-from pipeline.checkpoint.sums import SUMS_NAME, check_sums, read_sums, write_sums
+from pipeline.checkpoint.sums import (
+    BLOCK_BYTES,
+    SUMS_NAME,
+    EarlyDigests,
+    check_sums,
+    read_sums,
+    write_sums,
+)
 from pipeline.checkpoint.writer import (
     FileRecord,
     sweep,
@@ -160,6 +167,24 @@ def test_changes_are_found(tmp_path):
         ("stray.bin", "not"),
     }
     assert [problem.file for problem in check_sums(path, ["config.json"])] == ["config.json"]
+
+
+def test_digests_begun_early_are_of_the_files_as_they_are(tmp_path):
+    paths = [tmp_path / str(number) for number in range(3)]
+    for path, size in zip(paths, (0, 1, BLOCK_BYTES + 17), strict=True):
+        path.write_bytes(os.urandom(size))
+    absent = tmp_path / "absent"
+    with EarlyDigests([*paths, absent]) as early:
+        before = [early.of(path) for path in paths]
+        assert before == [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
+        with pytest.raises(FileNotFoundError):
+            early.of(absent)
+        paths[1].write_bytes(b"changed")
+        later = tmp_path / "later"
+        later.write_bytes(b"another")
+        assert early.of(paths[1]) == hashlib.sha256(b"changed").hexdigest()
+        assert early.of(later) == hashlib.sha256(b"another").hexdigest()
+    assert early.of(paths[2]) == before[2]
 
 
 def test_sums_of_others(tmp_path):

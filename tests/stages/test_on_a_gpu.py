@@ -1,10 +1,14 @@
 """What only a GPU has: streams in its memory or beside it, graphs, several devices."""
 
+import contextlib
+import sys
+
 import pytest
 import torch
 from support.recipes import digests
 
-from pipeline.stages import placement, stream
+from pipeline import run
+from pipeline.stages import placement, stream, tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,3 +58,37 @@ def test_two_gpus_give_the_bytes_of_one(project, monkeypatch):
     shared = _converted(project, "shared")
     monkeypatch.setattr("pipeline.plan.further_devices", lambda device: ())
     assert _converted(project, "alone") == shared
+
+
+def test_memory_that_really_runs_out_changes_no_byte(project, monkeypatch):
+    """In the middle of layer 1 all that the limit allows is taken; it is given back when the run
+    has noticed, and goes on with less on the device."""
+    project.change(limits={"device_memory": "4GiB"})
+    whole = _converted(project, "whole")
+    taken: list[torch.Tensor] = []
+    causes = []
+    solve, step_back = tiles.solve_tile, run.retreat
+
+    def solving(job, *rest):
+        if job.layer == 1 and not causes:
+            _take_all(job.device, taken)
+        return solve(job, *rest)
+
+    def retreating(context):
+        causes.append(sys.exc_info()[1].__cause__)
+        taken.clear()
+        return step_back(context)
+
+    monkeypatch.setattr(tiles, "solve_tile", solving)
+    monkeypatch.setattr(run, "retreat", retreating)
+    assert _converted(project, "full") == whole
+    assert [type(cause) for cause in causes] == [torch.OutOfMemoryError]
+    assert any("the GPU's memory ran out" in line for line in project.said)
+
+
+def _take_all(device, taken):
+    """Allocate until not even 512 bytes are to be had."""
+    for power in range(30, 8, -1):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                taken.append(torch.empty(1 << power, dtype=torch.uint8, device=device))
