@@ -44,6 +44,7 @@ from pipeline.quantize.tensor import AffineScheme
 from pipeline.recipe import parse_recipe
 from pipeline.run import run
 from pipeline.stages import experts as stage
+from pipeline.stages.routing import Routed, sort_by_expert
 from pipeline.stages.stream import LayerStream, Recorded
 
 LAYERS = (1, 4)
@@ -78,8 +79,8 @@ class Bench:
     def __init__(self, stream: LayerStream, layer: int, kept: Recorded, held: Recorded) -> None:
         geometry = stream.geometry
         assert kept.inputs is not None
-        self.routed = stage.sort_by_expert(kept, geometry.experts)
-        self.held = stage.sort_by_expert(held, geometry.experts)
+        self.routed = sort_by_expert(kept, geometry.experts)
+        self.held = sort_by_expert(held, geometry.experts)
         self.layer = layer
         self.job = stage.TileJob(
             checkpoint=stream.checkpoint,
@@ -107,7 +108,7 @@ class Bench:
 
     def _input(
         self, budget: int | None, sample: int, length: int | None = None
-    ) -> tuple[stage.Routed, stage.LayerStatistics]:
+    ) -> tuple[Routed, stage.LayerStatistics]:
         """The routed tokens of a text of `length` tokens cut to a budget an expert, and the layer's
         statistics."""
         text = self.routed.inputs[:length]
@@ -161,7 +162,7 @@ def benches(model: Path) -> list[Bench]:
         if layer in LAYERS:
             made.append(Bench(stream, layer, *recorded))
         for place, part in enumerate(recorded):
-            routed = stage.sort_by_expert(part, stream.geometry.experts)
+            routed = sort_by_expert(part, stream.geometry.experts)
             total = torch.zeros_like(routed.inputs, dtype=torch.float32)
             every = range(stream.geometry.experts)
             source = stage.TileSource(
