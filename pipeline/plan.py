@@ -33,15 +33,13 @@ from pipeline.stages.context import Context, Estimate, Job
 from pipeline.stages.folding import check_folds
 from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.order import BUILDING, STAGES
+from pipeline.stages.placement import RUNTIME_BYTES
 from pipeline.stages.side_files import side_files
 from pipeline.stages.source import check_original
 from pipeline.stages.streams import SHARE
 from pipeline.stages.texts import calibration_sources
 from pipeline.stages.validate import check_device_memory
 from pipeline.workdir import WorkDirectory
-
-RUNTIME_BYTES = 1 << 30
-"""Host memory that Python, torch and transformers take before any tensor (measured: 0.7 GiB)."""
 
 BYTES_PER_SECOND = 1e9
 """Reading with a checksum, or writing, with a warm page cache or an NVMe disk."""

@@ -18,10 +18,10 @@ from support.damage import header_end
 
 from pipeline.cli import main
 from pipeline.errors import ResourceError
-from pipeline.plan import RUNTIME_BYTES, as_dict, plan, prepare
+from pipeline.plan import as_dict, plan, prepare
 from pipeline.recipe import load_recipe
 from pipeline.stages.order import BUILDING, STAGES
-from pipeline.stages.placement import place, tile_bytes
+from pipeline.stages.placement import RUNTIME_BYTES, place, tile_bytes
 from pipeline.stages.texts import planned_windows
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwen3-next-80b-gptq.yaml"
@@ -185,6 +185,19 @@ def test_gpu_memory_hardly_depends_on_the_number_of_experts(large, method):
         assert place(tight).home.type == "cpu"
     assert max(needs.values()) < 24 * GIB
     assert max(needs.values()) < 1.15 * min(needs.values())
+
+
+def test_as_many_tiles_at_once_on_a_cpu_as_have_room(large, roomy):
+    torch.set_num_threads(6)
+    crews = {}
+    for gib in (64, 24, 17):
+        limits = large.recipe.limits.model_copy(update={"host_memory": gib * GIB})
+        recipe = large.recipe.model_copy(update={"limits": limits})
+        context = dataclasses.replace(large, recipe=recipe)
+        plan(context, BUILDING)  # does not refuse
+        crews[gib] = place(context).crew
+        assert place(context).threads == 1
+    assert crews[64] == 6 > crews[24] > crews[17] == 1
 
 
 def test_tiles_of_wide_experts(large):
