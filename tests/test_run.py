@@ -216,9 +216,9 @@ def test_a_source_changed_between_two_runs(project, micro):
 def test_nothing_is_left_to_do(project, finished):
     shutil.copytree(finished.output, project.output)
     before = digests(project.output, ())
-    started = time.monotonic()
+    started = time.process_time()  # whatever else the machine does
     project.run()
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert project.said == [f"{project.output} is in place and up to date"]
     assert digests(project.output, ()) == before
 
