@@ -17,8 +17,14 @@
 
 /* Bytes of codes, 128 columns, that vectors are laid out for. */
 #define BLOCK 64
-/* Groups of one row at most; `library.py` refuses more.  As many scales are widened at a time. */
+/* Groups of one row, and blocks, at most; `library.py` refuses more. */
 #define MAX_GROUPS 2048
+/* Scales that are widened at a time, where that makes ROWS rows or more: with many, the first ones
+ * have left the nearest cache before their rows come, which halves the rate. */
+#define FEW_SCALES 512
+/* Bytes that codes are asked for before they are multiplied, into the second cache: the nearest has
+ * too few misses under way at once for the rate of memory, and prefetchers fall behind. */
+#define AHEAD 8192
 /* Rows that are taken at a time. */
 #define ROWS 4
 /* 127 * 128 + 63: the largest 128 * high + low with high in -127..127 and low in -64..63. */
@@ -39,22 +45,24 @@ typedef struct {
     float scale;
 } Vector;
 
-/* Products of rows first ... first + count with each vector: out[t * stride + i]. */
+/* Products of rows first ... first + count with each vector: out[t * stride + i].
+ * next: codes that will be read after these, or NULL. */
 typedef void (*Product)(const Matrix *matrix, const uint8_t *record, int64_t first, int64_t count,
-                        const Vector *const *x, int64_t vectors, float *out, int64_t stride);
+                        const uint8_t *next, const Vector *const *x, int64_t vectors, float *out,
+                        int64_t stride);
 
 /* What `sums` are multiplied by. */
 static inline float shared_zero(const Matrix *m) { return m->zeros < 0 ? (float)m->zero : 1; }
 static inline int64_t blocks_of(const Matrix *m) { return (m->columns / 2 + BLOCK - 1) / BLOCK; }
 static inline int64_t groups_of(const Matrix *m) { return m->columns / m->group; }
 
-void product_portable(const Matrix *, const uint8_t *, int64_t, int64_t, const Vector *const *,
-                      int64_t, float *, int64_t);
+void product_portable(const Matrix *, const uint8_t *, int64_t, int64_t, const uint8_t *,
+                      const Vector *const *, int64_t, float *, int64_t);
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86 1
-void product_avx2(const Matrix *, const uint8_t *, int64_t, int64_t, const Vector *const *, int64_t,
-                  float *, int64_t);
-void product_avx512(const Matrix *, const uint8_t *, int64_t, int64_t, const Vector *const *,
-                    int64_t, float *, int64_t);
+void product_avx2(const Matrix *, const uint8_t *, int64_t, int64_t, const uint8_t *,
+                      const Vector *const *, int64_t, float *, int64_t);
+void product_avx512(const Matrix *, const uint8_t *, int64_t, int64_t, const uint8_t *,
+                      const Vector *const *, int64_t, float *, int64_t);
 #endif
 #endif

@@ -21,9 +21,10 @@
 /* Tickets that each thread should find in a stage: fewer, and threads wait for the last one; more,
  * and reads are so short that prefetchers hardly begin. */
 #define SHARES 8
-/* Rows of one ticket, at least and at most. */
+/* Rows of one ticket: at least, and at most of gate and up, and of down. */
 #define LEAST_ROWS 16
 #define MOST_ROWS 128
+#define MOST_DOWN 512
 /* Vectors that are multiplied between two writes of results. */
 #define AT_ONCE 32
 /* Tokens of one ticket that prepares or adds up. */
@@ -100,19 +101,21 @@ static const uint8_t *record_of(const Job *job, int64_t slot)
 }
 
 /* Some rows of one expert's gate and up; whoever comes last prepares the vectors for down. */
-static void gate_and_up(Job *job, int64_t number)
+static void gate_and_up(Job *job, int64_t number, const uint8_t *then)
 {
     const Matrix *m = &job->layer->gate_up, *next = &job->layer->down;
     int64_t slot = number / job->gate_parts, inner = next->columns;
     int64_t first = number % job->gate_parts * job->gate_rows;
     int64_t rows = least(job->gate_rows, inner - first), end = job->from[slot + 1];
+    const uint8_t *record = record_of(job, slot);
+    const uint8_t *up_codes = record + m->codes + (inner + first) * m->columns / 2;
     float gate[AT_ONCE * MOST_ROWS], up[AT_ONCE * MOST_ROWS];
     wait_for(&job->prepared, job->token_tickets);
     for (int64_t pair = job->from[slot]; pair < end; pair += AT_ONCE) {
         int64_t some = least(AT_ONCE, end - pair);
         const Vector *const *x = job->given + pair;
-        job->product(m, record_of(job, slot), first, rows, x, some, gate, MOST_ROWS);
-        job->product(m, record_of(job, slot), inner + first, rows, x, some, up, MOST_ROWS);
+        job->product(m, record, first, rows, up_codes, x, some, gate, MOST_ROWS);
+        job->product(m, record, inner + first, rows, then, x, some, up, MOST_ROWS);
         for (int64_t t = 0; t < some; t++)
             job->gate(gate + t * MOST_ROWS, up + t * MOST_ROWS, rows,
                       job->inner + (pair + t) * inner + first);
@@ -124,13 +127,13 @@ static void gate_and_up(Job *job, int64_t number)
 }
 
 /* Some rows of one expert's down. */
-static void down(Job *job, int64_t number)
+static void down(Job *job, int64_t number, const uint8_t *then)
 {
     const Matrix *m = &job->layer->down;
     int64_t slot = number / job->down_parts, first = number % job->down_parts * job->down_rows;
     int64_t pair = job->from[slot], count = job->from[slot + 1] - pair;
     wait_for(&job->ready[slot], 1);
-    job->product(m, record_of(job, slot), first, least(job->down_rows, m->rows - first),
+    job->product(m, record_of(job, slot), first, least(job->down_rows, m->rows - first), then,
                  job->given + job->pairs + pair, count, job->part + pair * m->rows + first, m->rows);
     atomic_fetch_add_explicit(&job->down_done, 1, memory_order_release);
 }
@@ -151,18 +154,36 @@ static void add_up(Job *job, int64_t number)
     }
 }
 
+/* The first codes that a ticket reads; NULL for one that reads none. */
+static const uint8_t *codes_of(const Job *job, int64_t number)
+{
+    int64_t wide = job->used * job->gate_parts;
+    if ((number -= job->token_tickets) < 0) return NULL;
+    int gate = number < wide;
+    int64_t parts = gate ? job->gate_parts : job->down_parts;
+    const Matrix *m = gate ? &job->layer->gate_up : &job->layer->down;
+    if (!gate && (number -= wide) >= job->used * parts) return NULL;
+    int64_t first = number % parts * (gate ? job->gate_rows : job->down_rows);
+    return record_of(job, number / parts) + m->codes + first * m->columns / 2;
+}
+
+/* Draws one ticket ahead, to ask for its codes meanwhile.  Each thread's tickets rise, so the first
+ * one that is not done is always some thread's present one, and all that it waits for are done. */
 static void work(void *argument)
 {
     Job *job = argument;
     int64_t wide = job->used * job->gate_parts, narrow = job->used * job->down_parts;
+    int64_t next = atomic_fetch_add_explicit(&job->ticket, 1, memory_order_relaxed);
     for (;;) {
-        int64_t number = atomic_fetch_add_explicit(&job->ticket, 1, memory_order_relaxed);
+        int64_t number = next;
+        next = atomic_fetch_add_explicit(&job->ticket, 1, memory_order_relaxed);
+        const uint8_t *then = codes_of(job, next);
         if (number < job->token_tickets)
             prepare_tokens(job, number);
         else if ((number -= job->token_tickets) < wide)
-            gate_and_up(job, number);
+            gate_and_up(job, number, then);
         else if ((number -= wide) < narrow)
-            down(job, number);
+            down(job, number, then);
         else if ((number -= narrow) < job->token_tickets)
             add_up(job, number);
         else
@@ -171,11 +192,12 @@ static void work(void *argument)
 }
 
 /* How many rows make a ticket, and how many of those an expert's `rows` are. */
-static void share_out(int64_t rows, int64_t used, int64_t threads, int64_t *each, int64_t *parts)
+static void share_out(int64_t rows, int64_t most, int64_t used, int64_t threads, int64_t *each,
+                      int64_t *parts)
 {
     int64_t wanted = used ? (SHARES * threads + used - 1) / used : 1;
     int64_t some = (rows / wanted + 7) / 8 * 8;
-    *each = some < LEAST_ROWS ? LEAST_ROWS : least(some, MOST_ROWS);
+    *each = some < LEAST_ROWS ? LEAST_ROWS : least(some, most);
     *parts = (rows + *each - 1) / *each;
 }
 
@@ -282,8 +304,8 @@ int requant_experts(const int64_t *sizes, const uint64_t *records, int64_t exper
     lay_out(&job, room);
     sort_pairs(&job, index, (int64_t *)(room + own));
     job.token_tickets = (tokens + TOKENS - 1) / TOKENS;
-    share_out(layer.down.columns, job.used, threads, &job.gate_rows, &job.gate_parts);
-    share_out(layer.down.rows, job.used, threads, &job.down_rows, &job.down_parts);
+    share_out(layer.down.columns, MOST_ROWS, job.used, threads, &job.gate_rows, &job.gate_parts);
+    share_out(layer.down.rows, MOST_DOWN, job.used, threads, &job.down_rows, &job.down_parts);
     for (int64_t slot = 0; slot < job.used; slot++) {
         atomic_init(&job.parts_left[slot], job.gate_parts);
         atomic_init(&job.ready[slot], 0);

@@ -74,7 +74,8 @@ def name() -> str:
 def takes(part: Part) -> bool:
     """Whether the kernel can multiply by such a matrix."""
     whole = 128 % part.group == 0 or part.group % 128 == 0 or part.groups == 1
-    return part.paired and part.columns % 16 == 0 and whole and part.groups <= _MAX_GROUPS
+    few = part.groups <= _MAX_GROUPS and part.columns <= 64 * _MAX_GROUPS
+    return part.paired and part.columns % 16 == 0 and whole and few
 
 
 def threads() -> int:

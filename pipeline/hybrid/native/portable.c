@@ -24,9 +24,11 @@ static int32_t dot(const uint8_t *codes, const int8_t *even, const int8_t *odd, 
 }
 
 void product_portable(const Matrix *m, const uint8_t *record, int64_t first, int64_t count,
-                      const Vector *const *x, int64_t vectors, float *out, int64_t stride)
+                    const uint8_t *next, const Vector *const *x, int64_t vectors, float *out,
+                    int64_t stride)
 {
     int64_t width = m->columns / 2, groups = groups_of(m), span = m->group / 2;
+    (void)next;
     for (int64_t i = 0; i < count; i++) {
         int64_t row = first + i;
         const uint8_t *codes = record + m->codes + row * width;
