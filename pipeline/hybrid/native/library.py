@@ -14,7 +14,7 @@ import torch
 
 from pipeline.hybrid.records import Part
 
-_KINDS = ("plain C", "AVX2", "AVX512 VNNI")
+KINDS = ("plain C", "AVX2", "AVX512 VNNI")
 """By the numbers of `requant_best` in layer.c."""
 
 _MAX_GROUPS = 2048
@@ -34,7 +34,7 @@ class Library:
     @property
     def name(self) -> str:
         """For reports."""
-        return f"native, {_KINDS[self.kind]}"
+        return f"native, {KINDS[self.kind]}"
 
 
 @cache
