@@ -39,7 +39,7 @@ from pipeline.hybrid.roads import (
     kernels_fail,
     known_use,
 )
-from pipeline.hybrid.routed import PinningError, RoutedExperts
+from pipeline.hybrid.routed import LayoutError, PinningError, RoutedExperts
 from pipeline.hybrid.stored import to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -230,24 +230,28 @@ class _Loader:
         layers = self._layer_experts()
         cuda = self.device.type == "cuda"
         room = 0
+        if placement in CHOSEN and cuda:
+            why = "no GPU memory for the ring that they would pass through"
+            try:
+                bare = self._ledger_of(need, by_request(layers, "zero-copy"), {})
+                room = allowed_on(self.device, limit) - bare.total
+            except LayoutError as error:
+                room, why = -1, str(error)
+            if room < 0:
+                placement = "cpu"
+                self.remarks.append(f"the CPU computes all experts: {why}")
         if placement == "fill" and cuda:
-            bare = self._ledger_of(need, by_request(layers, "zero-copy"), {})
-            room = allowed_on(self.device, limit) - bare.total
             layers = {
                 layer: replace(known, expert_nbytes=self._experts.layout(layer).nbytes)
                 for layer, known in layers.items()
             }
-        self._roads, self.remarks = choose(placement, layers, self.device, room, self._native)
+        self._roads, remarks = choose(placement, layers, self.device, room, self._native)
+        self.remarks += remarks
         self._homes = self._roads
         if self._follow_use:
             self._copies, self._homes = as_copies(self._roads, layers)
         if cuda:
             self._ledger = self._ledger_of(need, self._homes, self._copies)
-            if placement == "auto" and self._ledger.total > allowed_on(self.device, limit):
-                # The CPU's experts need no ring and no page tables.
-                self._roads = self._homes = by_request(layers, "cpu")
-                self._ledger = self._ledger_of(need, self._homes, {})
-                self.remarks.append("the CPU computes all experts: no GPU memory for their ring")
             check_device(self._ledger, self.device, limit, where)
         check_host(self._homes, layers, host, where)
         missing = find()

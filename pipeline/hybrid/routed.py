@@ -23,7 +23,7 @@ from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.backends import BACKENDS
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
-from pipeline.hybrid.native.library import Library
+from pipeline.hybrid.native.library import Library, find
 from pipeline.hybrid.placing import ROADS, Road, Table
 from pipeline.hybrid.records import Layout, Records, empty, layout_of, pack
 from pipeline.hybrid.stored import pair_rows, to_matrices
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 32
 """Experts that are laid out anew at a time on a device."""
-_LAYERS_AT_ONCE = 4
+_LAYERS_AT_ONCE = 8
 """Layers that are read side by side, at most."""
 _COPIES = 4
 """Bytes that laying out a byte of experts for the CPU takes meanwhile, all steps together."""
@@ -44,6 +44,10 @@ _COPIES = 4
 
 class PinningError(ResourceError):
     """No more RAM can be pinned."""
+
+
+class LayoutError(UserError):
+    """The GPU's kernels cannot compute these experts."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,16 @@ class RoutedExperts:
             yield from map(self._layer, homes, homes.values())
             return
         list(BACKENDS)  # imports them: threads must not do that side by side
-        with ThreadPoolExecutor(threads, thread_name_prefix="experts") as pool:
+        cores = torch.get_num_threads()
+        share = max(1, cores // threads)  # of each thread's own operations
+        with ThreadPoolExecutor(
+            threads, "experts", initializer=torch.set_num_threads, initargs=(share,)
+        ) as pool:
             try:
                 yield from pool.map(self._layer, homes, homes.values())
             finally:
                 pool.shutdown(cancel_futures=True)
+                torch.set_num_threads(cores)  # what threads to come begin with
 
     def nbytes(self, layer: int) -> int:
         """Stored bytes of one expert of a layer; CheckpointError where it is missing or dense."""
@@ -108,14 +117,14 @@ class RoutedExperts:
         return size
 
     def layout(self, layer: int) -> Layout:
-        """The record of a layer's experts on a device; UserError where kernels have none for it."""
+        """The record of a layer's experts on a device; LayoutError where kernels have none."""
         some = (
             self._as_configured(quantized, layer) for quantized in self._read(layer, [0], "cpu")
         )
         try:
             return layout_of(*some)
         except ValueError as error:
-            raise UserError(
+            raise LayoutError(
                 f"{self._checkpoint.path}: the GPU's kernels cannot compute its experts ({error}): "
                 "use placement cpu"
             ) from error
@@ -125,9 +134,12 @@ class RoutedExperts:
         most = min(torch.get_num_threads(), _LAYERS_AT_ONCE)
         if self._device.type == "cuda":
             return most
-        sizes = [self.nbytes(layer) * self._geometry.experts for layer in self._geometry.moe_layers]
-        spare = psutil.virtual_memory().available - sum(sizes)
-        return max(1, min(most, spare // max(1, _COPIES * max(sizes, default=0))))
+        each = [self.nbytes(layer) for layer in self._geometry.moe_layers]
+        experts = self._geometry.experts
+        records = self._native and self._dtype == torch.bfloat16 and not isinstance(find(), str)
+        at_once = min(experts, _AT_ONCE) if records else experts
+        spare = psutil.virtual_memory().available - sum(each) * experts
+        return max(1, min(most, spare // max(1, _COPIES * at_once * max(each, default=0))))
 
     @torch.no_grad()
     def _layer(self, layer: int, roads: Sequence[Road]) -> Filled:

@@ -9,6 +9,7 @@ from hybrid_models import MODELS, dequantised, write_output
 from pipeline import hybrid
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import ResourceError, UserError
+from pipeline.hybrid import roads as road_table
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.placing import Rates, as_copies, by_policy, by_request, count
 from pipeline.hybrid.probe import cpu_rate
@@ -102,6 +103,20 @@ def test_copies_have_a_home_in_pinned_memory():
 @pytest.mark.parametrize("native", [True, False])
 def test_the_cpus_rate_is_a_rate(native):
     assert cpu_rate(1 << 21, native) > 0
+
+
+def test_what_a_gpu_gets_unasked(monkeypatch):
+    """Zero-copy without residents, which was measured good; "fill" fills the room that is left."""
+    monkeypatch.setattr(road_table, "kernels_fail", lambda _: None)
+    monkeypatch.setattr(road_table, "probe", lambda *_: Rates(pcie=2.0, cpu=1.0))
+    layers, cuda = _layers(count=2), torch.device("cuda")
+    assert road_table.choose("auto", layers, cuda, 10**6) == (by_request(layers, "zero-copy"), [])
+    filled, _ = road_table.choose("fill", layers, cuda, 8_000)
+    held = [road for its in filled.values() for road in its]
+    assert held.count("resident") == 8 and held.count("zero-copy") == 72
+    for placement in ("auto", "fill"):
+        table, said = road_table.choose(placement, layers, torch.device("cpu"))
+        assert (table, said) == (by_request(layers, "cpu"), [])
 
 
 def test_from_pretrained(directory):
