@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import yaml
 from ideas.conversion import Idea, Source, convert, source_states
+from ideas.scales import fitted_in_loop
 from ideas.tried import (
     Gradients,
     Options,
@@ -41,6 +42,8 @@ EVERY = {"in": 4, "out": 3}
 IDEAS: dict[str, Callable[[], Idea]] = {
     "uncorrected": Uncorrected,
     "correction-0.3": Idea,
+    "scales-in-loop": Idea,
+    "scales-jointly": Idea,
     "positive-scales": lambda: Options(negative_scales=False),
     "rounding-positive-scales": lambda: Options(method="rtn", negative_scales=False),
     "folds-down": lambda: Options(folds_down=True),
@@ -50,8 +53,10 @@ IDEAS: dict[str, Callable[[], Idea]] = {
     "router-weights-2": lambda: TokenWeights(2, 1),
     "router": Router,
 }
-AROUND: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "correction-0.3": lambda: constant(correction, "DAMPING", 0.3),
+AROUND: dict[str, Callable[[int], AbstractContextManager[object]]] = {
+    "correction-0.3": lambda _: constant(correction, "DAMPING", 0.3),
+    "scales-in-loop": lambda group: fitted_in_loop(group, jointly=False),
+    "scales-jointly": lambda group: fitted_in_loop(group, jointly=True),
 }
 
 
@@ -150,7 +155,7 @@ def main() -> None:
     say("as it is", arguments.group, usual, rounding, usual)
     for name in arguments.ideas:
         begun = time.monotonic()
-        with AROUND.get(name, nullcontext)():
+        with AROUND.get(name, nullcontext)(arguments.group):
             found = measured(IDEAS[name]())
         say(f"{name} ({time.monotonic() - begun:.0f} s)", arguments.group, found, rounding, usual)
 
