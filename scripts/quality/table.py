@@ -149,12 +149,14 @@ def verdict(gap: Interval) -> str:
 
 
 def versions(rows: Iterable[Row]) -> str:
-    """Who made the rows."""
-    made = {row["version"]: row for row in rows}
+    """Who made the rows, where, and on which days."""
+    days: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        where = f"{row['machine']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        days.setdefault((row["version"], where), set()).add(row["date"])
     return "\n".join(
-        f"- {version}: {row['date']}, {row['machine']},"
-        f" {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
-        for version, row in made.items()
+        f"- {version}: {' and '.join(sorted(found))}, {where}"
+        for (version, where), found in days.items()
     )
 
 
