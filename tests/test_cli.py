@@ -87,17 +87,24 @@ def test_doctor(cli):
     table = cli("doctor")
     found = json.loads(cli("doctor", "--json").out)
     assert found["requant"] == __version__ and found["torch"]
-    for name in ("GPU", "host memory", "disk here", "CPU", "torch int4 on CPU"):
+    for name in ("GPU", "host memory", "disk here", "CPU", "experts on CPU", "torch int4 on CPU"):
         assert found[name] and name in table.out
 
 
 def test_doctor_says_what_to_do(cli, monkeypatch):
     monkeypatch.setattr("pipeline.doctor._int4_works", lambda: False)
+    monkeypatch.setattr("pipeline.doctor.find", lambda: "it was not built")
     monkeypatch.setattr("pipeline.doctor.can_draw", lambda: False)
     monkeypatch.setattr("pipeline.doctor.FULL_SIZE_HOST", 1 << 60)
     monkeypatch.setattr("pipeline.doctor.FULL_SIZE_DISK", 1 << 60)
     advice = json.loads(cli("doctor", "--json").out)["advice"]
-    for words in ("no int4 product", "--until shard", "output.path", "requant[report]"):
+    for words in (
+        "apt install gcc",
+        "no int4 product",
+        "--until shard",
+        "output.path",
+        "requant[report]",
+    ):
         assert sum(words in line for line in advice) == 1
     monkeypatch.undo()
     monkeypatch.setattr("pipeline.doctor.advice", lambda _found: [])

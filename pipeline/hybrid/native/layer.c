@@ -25,6 +25,9 @@
 #define LEAST_ROWS 16
 #define MOST_ROWS 128
 #define MOST_DOWN 512
+/* Bytes of codes, counted once a pair, that are worth another thread: some 10 us of work, which waking
+ * it takes too. */
+#define THREAD_BYTES (1 << 18)
 /* Vectors that are multiplied between two writes of results. */
 #define AT_ONCE 32
 /* Tokens of one ticket that prepares or adds up. */
@@ -279,7 +282,7 @@ int requant_best(void)
  *
  * sizes: rows, columns, group, and offsets of codes, scales and zeros (-1: none) and the zero, of
  * gate_up, then of down.  kernel: at most `requant_best()`.  parallel: GOMP_parallel; not called
- * where one thread is asked for. */
+ * where one thread is asked for, or enough for so little. */
 int requant_experts(const int64_t *sizes, const uint64_t *records, int64_t experts,
                     const uint16_t *x, const int64_t *index, const float *weights, int64_t tokens,
                     int64_t each, float *out, int kernel, int64_t threads, Parallel parallel)
@@ -303,6 +306,9 @@ int requant_experts(const int64_t *sizes, const uint64_t *records, int64_t exper
     if (!room) return NO_MEMORY;
     lay_out(&job, room);
     sort_pairs(&job, index, (int64_t *)(room + own));
+    int64_t bytes = (layer.gate_up.rows * layer.gate_up.columns +
+                     layer.down.rows * layer.down.columns) / 2 * job.pairs;
+    threads = least(threads, 1 + bytes / THREAD_BYTES);
     job.token_tickets = (tokens + TOKENS - 1) / TOKENS;
     share_out(layer.down.columns, MOST_ROWS, job.used, threads, &job.gate_rows, &job.gate_parts);
     share_out(layer.down.rows, MOST_DOWN, job.used, threads, &job.down_rows, &job.down_parts);
