@@ -118,7 +118,9 @@ def _run(command: Command) -> list[Turn]:
         return []
     found = [Turn(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
     for turn in found:
-        print(f"    {turn.side}: {turn.decode:.2f}, {turn.prefill:.2f} tok/s", flush=True)
+        busy = f"{turn.decode_busy:.2f}, {turn.prefill_busy:.2f}"
+        clock = f"{turn.decode:.2f}, {turn.prefill:.2f}"
+        print(f"    {turn.side}: {clock} tok/s; of processor time {busy}", flush=True)
     return found
 
 
