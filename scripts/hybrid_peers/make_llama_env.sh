@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the environment of llama.cpp for llama_cpp_peer.py, compiled for the CPU it stands on.
-# Usage: make_llama_env.sh [DIR]     (default .env-llama-cpp; a quarter of an hour on two cores)
+# Makes the environment of llama.cpp for llama_side.py, compiled for the CPU it stands on.
+# Usage: make_llama_env.sh [DIR]     (default .env-llama-cpp; eight minutes of processor time)
 set -eu
 dir="${1:-.env-llama-cpp}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1

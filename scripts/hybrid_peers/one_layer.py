@@ -66,13 +66,17 @@ def make(folder: Path) -> None:
 def ours(folder: Path, threads: int) -> Layer:
     """The CPU's road of the hybrid runtime: the compiled kernel."""
     from pipeline.hybrid.native.experts import NativeExperts, kernel_for
-    from pipeline.hybrid.records import pack
+    from pipeline.hybrid.records import empty, pack
 
     wide, narrow = _quantised(folder)
     kernel = kernel_for(wide, narrow, torch.bfloat16)
     if kernel is None:
         raise SystemExit("the compiled kernel is missing: `requant doctor` says why")
-    return NativeExperts(kernel, pack(wide, narrow))
+    packed = pack(wide, narrow)
+    cpu = torch.device("cpu")
+    records = empty(packed.layout, packed.count, cpu, large_pages=kernel.large_pages)
+    records.data.copy_(packed.data)
+    return NativeExperts(kernel, records)
 
 
 def ours_by_torch(folder: Path, threads: int) -> Layer:
