@@ -9,7 +9,8 @@ Names, parts, file sizes and the order of tensors within a file are those of a b
 upload with double quantisation; the weights are random (`synthetic_noise.py`), with scales chosen
 so that activations keep their size through all layers, and the router prefers some experts.  It
 serves to measure time and memory; its output is noise, and quality cannot be measured on it.
-`--converted` makes what a conversion of it would leave (`synthetic_converted.py`).
+`--converted` makes what a conversion of it would leave (`synthetic_converted.py`); to generate with
+it, Qwen3-Next needs 4 layers, the first with attention.
 """
 
 from __future__ import annotations
