@@ -129,6 +129,8 @@ def run(side: str, folder: Path, args: argparse.Namespace) -> None:
     """Build the side, time it, compare."""
     on_gpu = side in ("accelerate", "hybrid")
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit(f"{side} takes a GPU; dense and ours run without")
     if on_gpu:
         limit_memory(device, parse_size(args.device_memory))
     head = head_seconds(device)
