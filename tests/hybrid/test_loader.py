@@ -248,12 +248,12 @@ def test_without_the_compiled_kernel(experts_only, monkeypatch, caplog):
         want = hybrid.load(experts_only, device="cpu")(ids).logits
     loader._tell.cache_clear()
     for module in ("loader", "native.experts"):
-        monkeypatch.setattr(f"pipeline.hybrid.{module}.find", lambda: "it was not built")
+        monkeypatch.setattr(f"pipeline.hybrid.{module}.find", lambda: "this test hides it")
     model = hybrid.load(experts_only, device="cpu")
     assert model.hybrid_placement["backends"]["experts"] == {"int4pack": 4}
-    assert [r for r in model.hybrid_placement["remarks"] if "it was not built" in r]
+    assert [r for r in model.hybrid_placement["remarks"] if "this test hides it" in r]
     hybrid.load(experts_only, device="cpu")
-    assert sum("no native kernel" in record.message for record in caplog.records) == 1
+    assert sum("this test hides it" in record.getMessage() for record in caplog.records) == 1
     for quiet in ({"native": False}, {"dtype": torch.float32}):
         assert not hybrid.load(experts_only, device="cpu", **quiet).hybrid_placement["remarks"]
     with torch.inference_mode():
