@@ -14,6 +14,7 @@ from synthetic_geometries import MODELS
 
 from pipeline import hybrid
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.hybrid.native.library import name as kernel_name
 from pipeline.plan import prepare
 from pipeline.stages.verify import verify_model
 
@@ -124,4 +125,4 @@ def test_converted_models_are_whole_and_run(method, tmp_path, one_thread):
     with torch.inference_mode():
         logits = loaded(torch.randint(5, VOCABULARY, (1, 3)), use_cache=False).logits
     assert torch.isfinite(logits).all()
-    assert loaded.hybrid_placement["backends"]["experts"].keys() <= {"int4pack", "native"}
+    assert loaded.hybrid_placement["backends"]["experts"].keys() <= {"int4pack", kernel_name()}
