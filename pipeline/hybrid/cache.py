@@ -110,8 +110,14 @@ class FixedCache(Cache):
 def held_bytes(config: PreTrainedConfig, tokens: int, length: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values of a cache for `tokens` sequences of `length`."""
     layers = config.num_hidden_layers - _linear_layers(config)
-    row = config.num_key_value_heads * config.head_dim * dtype.itemsize
+    row = config.num_key_value_heads * head_size(config) * dtype.itemsize
     return 2 * layers * tokens * length * row
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Channels of an attention head; a config.json need not say them."""
+    said = getattr(config, "head_dim", None)
+    return int(said or config.hidden_size // config.num_attention_heads)
 
 
 def state_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.shard_map import Reserve
-from pipeline.hybrid.cache import PREFILL_CHUNK, held_bytes, state_bytes
+from pipeline.hybrid.cache import PREFILL_CHUNK, head_size, held_bytes, state_bytes
 from pipeline.hybrid.placing import Table, copies_each
 from pipeline.hybrid.stream import ring
 from pipeline.models.architecture import Geometry
@@ -149,7 +149,7 @@ def prompt_bytes(
     mixer = (2 * keys + 2 * values) + (2 * keys + values) + values + 2 * value_heads * key
     scan = value_heads * (5 * key + 3 * value + 2 * SCAN) if values else 0
     delta = mixer * size + scan * 4
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
+    heads = config.num_attention_heads * head_size(config)
     masked = tokens * length if length > chunk else 0
     attention = 6 * heads * size
     repeated = 2 * heads * masked * size + chunk * masked * size

@@ -144,6 +144,15 @@ def test_items_follow_options():
     )
 
 
+def test_heads_of_a_size_that_is_not_said():
+    """Qwen3MoeConfig has no head_dim of its own."""
+    plain = {k: v for k, v in GEOMETRIES["qwen3-30b-a3b"].config.items() if k != "head_dim"}
+    geometry = geometry_of(architecture_of(plain, ""), plain, "")
+    said = plain | {"head_dim": plain["hidden_size"] // plain["num_attention_heads"]}
+    told = [book.ledger(model_config(c), geometry, 0, book.Experts({})) for c in (plain, said)]
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize(("limit", "why"), [(None, "are free"), (10 * GIB, "device_memory allows")])
 def test_too_much_is_refused(limit, why, monkeypatch):
     """In one line that says what takes most and what to do."""

@@ -257,4 +257,5 @@ def test_without_the_compiled_kernel(experts_only, monkeypatch, caplog):
     for quiet in ({"native": False}, {"dtype": torch.float32}):
         assert not hybrid.load(experts_only, device="cpu", **quiet).hybrid_placement["remarks"]
     with torch.inference_mode():
-        assert (model(ids).logits - want).norm() < 0.1 * want.norm()
+        apart = (model(ids).logits - want).norm(dim=-1) / want.norm(dim=-1)
+    assert apart.median() < 0.05  # a router that is in two minds may send a token elsewhere
