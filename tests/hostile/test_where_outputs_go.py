@@ -70,7 +70,7 @@ def test_nothing_is_written_into_a_hub_cache(cli, project, snapshot, monkeypatch
 
 def test_a_validation_leaves_a_cache_alone(cli, snapshot):
     before = contents(snapshot)
-    answer = cli("validate", snapshot, "--device-memory", "2GiB")
+    answer = cli("validate", snapshot, "--device-memory", "4GiB")
     assert answer.code == 0 and "the report is not kept" in answer.err
     assert contents(snapshot) == before
 
