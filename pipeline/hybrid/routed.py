@@ -40,6 +40,10 @@ _LAYERS_AT_ONCE = 8
 """Layers that are read side by side, at most."""
 _COPIES = 4
 """Bytes that laying out a byte of experts for the CPU takes meanwhile, all steps together."""
+_DEVICE_COPIES = 6
+"""The same on a GPU."""
+_DEVICE_ROOM = 1 << 30
+"""Bytes of a GPU that laying out may take: less than prompts take later, which are counted."""
 
 
 class PinningError(ResourceError):
@@ -132,10 +136,11 @@ class RoutedExperts:
     def _threads(self) -> int:
         """As many as torch may use, and as their copies have room for."""
         most = min(torch.get_num_threads(), _LAYERS_AT_ONCE)
-        if self._device.type == "cuda":
-            return most
         each = [self.nbytes(layer) for layer in self._geometry.moe_layers]
         experts = self._geometry.experts
+        if self._device.type == "cuda":
+            piece = _DEVICE_COPIES * min(experts, _AT_ONCE) * max(each, default=0)
+            return max(1, min(most, _DEVICE_ROOM // max(1, piece)))
         records = self._native and self._dtype == torch.bfloat16 and not isinstance(find(), str)
         at_once = min(experts, _AT_ONCE) if records else experts
         spare = psutil.virtual_memory().available - sum(each) * experts
@@ -210,8 +215,11 @@ class RoutedExperts:
         pin = self._device.type == "cuda" and road == "zero-copy"
         records: Records | None = None
         for first in range(0, len(experts), _AT_ONCE):
-            read = self._read(layer, experts[first : first + _AT_ONCE], self._device)
-            some = pack(*(self._as_configured(quantized, layer) for quantized in read))
+            try:
+                read = self._read(layer, experts[first : first + _AT_ONCE], self._device)
+                some = pack(*(self._as_configured(quantized, layer) for quantized in read))
+            except torch.OutOfMemoryError as error:  # a GPU's
+                raise self._no_memory("resident") from error
             if records is None:
                 try:
                     where = self._device if road == "resident" else torch.device("cpu")

@@ -1,5 +1,6 @@
 """The compiled kernel for experts on the CPU against float64, in all its variants."""
 
+import copy
 import ctypes
 import dataclasses
 import os
@@ -244,3 +245,17 @@ def test_nothing_stays_behind():
     after = mallinfo()
     # one call's room is 200 kB; Python's own small pieces come and go
     assert after.used + after.hblkhd < before.used + before.hblkhd + 1_000_000
+
+
+def test_another_version_is_not_called(monkeypatch):
+    monkeypatch.setattr(library, "_VERSION", -1)
+    assert "another version" in library.find.__wrapped__()
+
+
+def test_a_copy_outlives_what_it_was_copied_from():
+    module, _, _ = _experts(4, 128, 256, 128, True)
+    x, index, weights = _calls(3, 256)
+    want = module(x, index, weights)
+    twin = copy.deepcopy(module)
+    module._records.data.zero_()
+    assert torch.equal(twin(x, index, weights), want)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +62,10 @@ class NativeExperts(nn.Module):
             )
         ]
         self._sizes = torch.tensor(sizes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeExperts:
+        # The library has no copies, and the copied records have other addresses.
+        return NativeExperts(self._library, deepcopy(self._records, memo))
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,9 @@ from pipeline.hybrid.records import Part
 KINDS = ("plain C", "AVX2", "AVX512 VNNI")
 """By the numbers of `requant_best` in layer.c."""
 
+_VERSION = 1
+"""Of `requant_version` in layer.c: an older library would be called with arguments not its own."""
+
 _MAX_GROUPS = 2048
 """MAX_GROUPS in kernel.h."""
 
@@ -45,9 +48,11 @@ def find() -> Library | str:
     )
     path = next((file for file in files if file.exists()), None)
     if path is None:
-        return "it was not built, as no C compiler was found when requant was installed"
+        return "it was not built when requant was installed: a C compiler is missing or too old"
     try:
         found = ctypes.CDLL(str(path))
+        if found.requant_version() != _VERSION:
+            return "it is of another version: install requant again (pip install -e .)"
         experts, large_pages = found.requant_experts, found.requant_large_pages
         kind = int(found.requant_best())
     except (OSError, AttributeError) as error:
