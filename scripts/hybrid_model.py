@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pipeline.hybrid.backends import BACKENDS
 from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.native import dense
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import ROADS, Road
 from pipeline.hybrid.records import Layout, Records, empty, host_memory, planned_layout
@@ -43,6 +44,8 @@ def build(
     block = random_records(experts, geometry.hidden, geometry.inner, scheme)
     for layer, split in zip(model.model.layers, _all(block, layers, shares, device), strict=True):
         layer.mlp.experts = split
+    if device.type == "cpu":
+        dense.use_in(model)
     return model
 
 

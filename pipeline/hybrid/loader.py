@@ -28,6 +28,7 @@ from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.ledger import Experts, Ledger, ledger, resident_threads
 from pipeline.hybrid.modules import QuantizedLinear
+from pipeline.hybrid.native import dense
 from pipeline.hybrid.native.library import find
 from pipeline.hybrid.placing import Table, as_copies, by_request, count
 from pipeline.hybrid.roads import (
@@ -86,8 +87,8 @@ def load(
     follow_use: resident experts are copies of zero-copy ones, and change with use while the model
     decodes on a GPU; False: the table stays as it is chosen, for timings that can be repeated.
 
-    native: the CPU computes experts by the compiled kernel where that was built and can; False: by
-    torch's own products.
+    native: the CPU computes experts, and linear layers for a few tokens, by the compiled kernels
+    where those were built and can; False: by torch's own products.
 
     The model gains `hybrid_placement` (where things are, bytes, back ends, load seconds, and
     remarks: what is also logged, once per process, of a GPU or kernels that are missing) and
@@ -292,6 +293,8 @@ class _Loader:
         for weight in self.linears:
             self._fill_linear(weight)
         self._fill_dense()
+        if self._native and self.device.type == "cpu":
+            dense.use_in(self.model)
         for filled in self._experts.fill(self._homes):
             self._by_road.update(filled.by_road)
             self._backends["experts"].update(filled.backends)

@@ -51,6 +51,9 @@ typedef void (*Product)(const Matrix *matrix, const uint8_t *record, int64_t fir
                         const uint8_t *next, const Vector *const *x, int64_t vectors, float *out,
                         int64_t stride);
 
+/* OpenMP's fork and join, as GCC compiles it; libgomp and LLVM's runtime both have it. */
+typedef void (*Parallel)(void (*)(void *), void *, unsigned threads, unsigned flags);
+
 /* What `sums` are multiplied by. */
 static inline float shared_zero(const Matrix *m) { return m->zeros < 0 ? (float)m->zero : 1; }
 static inline int64_t blocks_of(const Matrix *m) { return (m->columns / 2 + BLOCK - 1) / BLOCK; }

@@ -1,4 +1,4 @@
-"""The compiled kernel for experts on the CPU, found and loaded, or the reason why there is none."""
+"""The compiled kernels for the CPU, found and loaded, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.hybrid.records import Part
 KINDS = ("plain C", "AVX2", "AVX512 VNNI")
 """By the numbers of `requant_best` in layer.c."""
 
-_VERSION = 1
+_VERSION = 2
 """Of `requant_version` in layer.c: an older library would be called with arguments not its own."""
 
 _MAX_GROUPS = 2048
@@ -26,9 +26,10 @@ _MAX_GROUPS = 2048
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of layer.c, and what they are called with."""
+    """The functions of layer.c and dense.c, and what they are called with."""
 
     experts: Callable[..., int]
+    dense: Callable[..., int]
     large_pages: Callable[[int, int], None]
     parallel: int
     """Address of GOMP_parallel in the OpenMP runtime that torch uses."""
@@ -53,7 +54,8 @@ def find() -> Library | str:
         found = ctypes.CDLL(str(path))
         if found.requant_version() != _VERSION:
             return "it is of another version: install requant again (pip install -e .)"
-        experts, large_pages = found.requant_experts, found.requant_large_pages
+        experts, dense = found.requant_experts, found.requant_dense
+        large_pages = found.requant_large_pages
         kind = int(found.requant_best())
     except (OSError, AttributeError) as error:
         return f"it cannot be loaded: {error}"
@@ -66,8 +68,12 @@ def find() -> Library | str:
         *(pointer, pointer, number, pointer, pointer, pointer, number, number, pointer),
         *(ctypes.c_int, number, pointer),
     ]
+    dense.argtypes = [
+        *(pointer, number, number, pointer, number, pointer),
+        *(ctypes.c_int, number, pointer),
+    ]
     large_pages.argtypes, large_pages.restype = [pointer, number], None
-    return Library(experts, large_pages, parallel or 0, kind)
+    return Library(experts, dense, large_pages, parallel or 0, kind)
 
 
 def name() -> str:

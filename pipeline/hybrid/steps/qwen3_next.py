@@ -221,4 +221,4 @@ def _dense(module: Any) -> bool:
 
 
 def _plain(module: Any) -> bool:
-    return type(module) is nn.Linear and module.bias is None
+    return isinstance(module, nn.Linear) and module.bias is None
