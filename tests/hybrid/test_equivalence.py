@@ -77,3 +77,22 @@ def test_micro_model_in_float32(scheme, tmp_path):
         want = dequantised(out, torch.float32)(ids).logits
         got = hybrid.load(out, dtype=torch.float32, device="cpu")(ids).logits
     assert error(got, want) < 1e-4
+
+
+def test_decoding_in_bfloat16(tmp_path):
+    """Token by token, as linear layers take another road there: ten draws gave 0.75 to 1.3 times
+    the error that torch's products leave.
+    """
+    out = write_output(TRAINED, tmp_path, AffineScheme(4, 128, True))
+    ids = passages(4, 40)
+    with torch.inference_mode():
+        exact = plain_model(out, dequantised_state(out), torch.float32)(ids).logits
+        typical = []
+        for native in (True, False):
+            model, cache, got = hybrid.load(out, device="cpu", native=native), None, []
+            for column in ids.split(1, dim=1):
+                step = model(column, past_key_values=cache, use_cache=True)
+                cache, got = step.past_key_values, [*got, step.logits]
+            errors = (torch.cat(got, 1).float() - exact).norm(dim=-1) / exact.norm(dim=-1)
+            typical.append(errors.median().item())  # routing in two minds leaves it alone
+    assert typical[0] < 2 * typical[1], typical
