@@ -64,7 +64,7 @@ def advice(found: Mapping[str, Any]) -> list[str]:
         lines.append(_no_gpu())
     if found["experts on CPU"].startswith("torch"):
         lines.append(
-            "experts on the CPU are computed by torch's products, two to three times as slowly:"
+            "experts on the CPU are computed by torch's products, about half as fast:"
             " install a C compiler (apt install gcc), then requant again"
         )
     if found["torch int4 on CPU"] != "yes":
