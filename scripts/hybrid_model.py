@@ -27,6 +27,8 @@ from pipeline.quantize.tensor import AffineScheme
 
 SCHEME = AffineScheme(4, 128, True)
 Shares = dict[Road, float]
+POOL = 16_777_213
+"""Random values that all weights are cut from; a prime, so that no row of a matrix is another's."""
 
 
 def build(
@@ -82,7 +84,10 @@ def full_layout(hidden: int, inner: int, scheme: AffineScheme = SCHEME) -> Layou
 
 
 def _fill(model: PreTrainedModel, device: torch.device) -> None:
-    torch.manual_seed(0)
+    """The same values on every device: cut from one pool of the CPU's generator."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.empty(POOL, dtype=torch.bfloat16).normal_(std=0.02, generator=generator).to(device)
+    first = 0
     for name, parameter in list(model.named_parameters()):
         new = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         if name.endswith("norm.weight") and "linear_attn" not in name:
@@ -90,9 +95,16 @@ def _fill(model: PreTrainedModel, device: torch.device) -> None:
         elif name.endswith(("dt_bias", "linear_attn.norm.weight")):
             new.fill_(1)
         elif name.endswith("A_log"):
-            new.uniform_(0.01, 16).log_()
+            decay = torch.empty(parameter.shape).uniform_(0.01, 16, generator=generator).log_()
+            new.copy_(decay)
         else:
-            new.normal_(std=0.02)
+            flat = new.view(-1)
+            for start in range(0, len(flat), POOL):
+                part = flat[start : start + POOL]
+                cut = min(len(part), POOL - first)
+                part[:cut] = pool[first : first + cut]
+                part[cut:] = pool[: len(part) - cut]
+                first = (first + len(part)) % POOL
         module, _, last = name.rpartition(".")
         setattr(model.get_submodule(module), last, nn.Parameter(new, requires_grad=False))
 
