@@ -39,9 +39,10 @@ from pipeline.hybrid.placing import ROADS, Table
 from pipeline.hybrid.probe import cpu_rate
 from pipeline.hybrid.records import host_memory
 from pipeline.hybrid.residency import Residency
-from pipeline.hybrid.runtime import connect
+from pipeline.hybrid.runtime import connect, prompts
 from pipeline.hybrid.split import SplitExperts
 from pipeline.hybrid.steps.qwen3_next import Sparse
+from pipeline.hybrid.stream import BOTH, NEAR
 from pipeline.models.skeleton import architecture_of, geometry_of
 from pipeline.sizes import parse_size
 
@@ -118,12 +119,16 @@ def measure(placement: str, args: argparse.Namespace, device: torch.device) -> F
     started = time.perf_counter()
     follow = placement.startswith("follow:")
     shares: Shares = {"zero-copy": 1.0} if follow else _shares(placement)
-    model = build(args.layers, args.experts, device, shares)
+    model = build(args.layers, args.experts, device, shares, pinned=not args.unpinned)
     copies = round(float(placement.partition(":")[2]) * args.experts) if follow else 0
-    residency = connect(model, {n: range(copies) for n in range(args.layers)} if follow else None)
+    begin = {n: range(copies) for n in range(args.layers)} if follow else None
+    top_k = model.config.num_experts_per_tok if device.type == "cuda" else None
+    residency = connect(model, begin, top_k=top_k)
     _wait(device)
     figures.build_seconds = time.perf_counter() - started
     print(f"{placement}: built in {figures.build_seconds:.0f} s", flush=True)
+    if "cpu" in shares:
+        print(f"{placement}: its experts on the CPU are computed for prompts by", prompts(model))
     longest = max([p + 64 for p in args.prompts] + [c + 256 for c in args.contexts])
     told = stated(model, residency, copies, longest, device)
     print("ledger:", ", ".join(f"{k} {v / 2**30:.2f}" for k, v in told.items().items()))
@@ -171,18 +176,20 @@ def stated(
     config |= {"num_experts": model.config.num_experts}
     homes: Table = {}
     sizes: dict[int, int] = {}
+    roads = NEAR
     for number, layer in enumerate(model.model.layers):
         split = layer.mlp.experts
         homes[number] = [ROADS[road] for road in split.roads(torch.device("cpu")).tolist()]
         if isinstance(split, SplitExperts):
             sizes[number] = split.layout.nbytes
+            roads = NEAR if split.all_from is None else BOTH
             if residency is not None:  # whose copies look like residents
                 homes[number] = ["zero-copy"] * split.num_experts
     begin = {number: list(range(copies)) for number in homes} if copies else {}
     dense = sum(p.nbytes for p in model.parameters())
     geometry = geometry_of(architecture_of(config, ""), config, "")
     threads = resident_threads(device) if device.type == "cuda" else RESIDENT_THREADS
-    experts = Experts(homes, sizes, begin)
+    experts = Experts(homes, sizes, begin, streamed=roads)
     return ledger(model.config, geometry, dense, experts, length=length, threads=threads)
 
 
@@ -388,6 +395,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", type=int, default=list(PROMPTS))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--tokens", type=int, default=50, help="decode steps that are timed")
+    parser.add_argument(
+        "--unpinned", action="store_true", help="the CPU's experts lie in memory that is not pinned"
+    )
     parser.add_argument("--device-memory", default=None, help="such as 10GiB")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

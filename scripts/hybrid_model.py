@@ -8,6 +8,7 @@ modules, kernels and roads are those of a loaded model.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from synthetic_geometries import MODELS
@@ -19,7 +20,7 @@ from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native import dense
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import ROADS, Road
-from pipeline.hybrid.records import Layout, Records, empty, host_memory, planned_layout
+from pipeline.hybrid.records import Layout, Records, empty, host_memory, pin_memory, planned_layout
 from pipeline.hybrid.split import DeviceRoad, SplitExperts
 from pipeline.hybrid.stored import to_matrices
 from pipeline.models.skeleton import build_skeleton, model_config, rotary_embedding
@@ -39,12 +40,15 @@ def build(
     *,
     scheme: AffineScheme = SCHEME,
     vocabulary: int | None = None,
+    pinned: bool = True,
 ) -> PreTrainedModel:
-    """A model of that many layers; `shares`: the part of each layer's experts on each road."""
+    """A model of that many layers; `shares`: the part of each layer's experts on each road; pinned:
+    beside a GPU, the CPU's experts too."""
     model = without_experts(layers, experts, device, vocabulary)
     geometry = MODELS["qwen3-next-80b"]
     block = random_records(experts, geometry.hidden, geometry.inner, scheme)
-    for layer, split in zip(model.model.layers, _all(block, layers, shares, device), strict=True):
+    splits = _all(block, layers, shares, device, pinned)
+    for layer, split in zip(model.model.layers, splits, strict=True):
         layer.mlp.experts = split
     if device.type == "cpu":
         dense.use_in(model)
@@ -110,20 +114,23 @@ def _fill(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _all(
-    block: Records, layers: int, shares: Shares, device: torch.device
+    block: Records, layers: int, shares: Shares, device: torch.device, pinned: bool
 ) -> list[SplitExperts | HybridExperts | NativeExperts]:
     for name in BACKENDS:
         BACKENDS[name]  # imported at first use, which threads must not do side by side
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda number: _layer(block, number, shares, device), range(layers)))
+        one = partial(_layer, block, shares=shares, device=device, pinned=pinned)
+        return list(pool.map(one, range(layers)))
 
 
-def _on_cpu(block: Records, count: int) -> HybridExperts | NativeExperts:
+def _on_cpu(block: Records, count: int, pin: bool) -> HybridExperts | NativeExperts:
     """By the kernel that `load` would choose."""
     wide, narrow = Records(block.layout, block.data[:1]).unpack()
     library = kernel_for(wide, narrow, torch.bfloat16)
     if library is not None:
         records = empty(block.layout, count, torch.device("cpu"), large_pages=library.large_pages)
+        if pin:
+            pin_memory(records.data)
         records.data.copy_(block.data[:count])
         return NativeExperts(library, records)
     some = Records(block.layout, block.data[:count]).unpack()
@@ -132,7 +139,7 @@ def _on_cpu(block: Records, count: int) -> HybridExperts | NativeExperts:
 
 
 def _layer(
-    block: Records, number: int, shares: Shares, device: torch.device
+    block: Records, number: int, shares: Shares, device: torch.device, pinned: bool
 ) -> SplitExperts | HybridExperts | NativeExperts:
     mixed = torch.randperm(block.count, generator=torch.Generator().manual_seed(number))
     order, start = mixed.tolist(), 0
@@ -144,7 +151,7 @@ def _layer(
         if not members:
             continue
         if road == "cpu":
-            cpu = members, _on_cpu(block, count)
+            cpu = members, _on_cpu(block, count, pinned and device.type == "cuda")
         elif road == "resident":
             roads[road] = DeviceRoad(members, Records(block.layout, block.data[:count].to(device)))
         else:
@@ -152,5 +159,7 @@ def _layer(
             data = data.view(count, -1).copy_(block.data[:count])
             roads[road] = DeviceRoad(members, Records(block.layout, data))
     if not roads and cpu is not None:
-        return cpu[1]
+        visiting = device.type == "cuda" and isinstance(cpu[1], NativeExperts)
+        if not visiting:
+            return cpu[1]
     return SplitExperts(roads, cpu, block.count, nn.functional.silu, device)

@@ -14,8 +14,8 @@ import torch
 
 from pipeline.checkpoint.shard_map import Reserve
 from pipeline.hybrid.cache import PREFILL_CHUNK, head_size, held_bytes, state_bytes
-from pipeline.hybrid.placing import Table, copies_each
-from pipeline.hybrid.stream import ring
+from pipeline.hybrid.placing import Road, Table, copies_each
+from pipeline.hybrid.stream import NEAR, PARTS, ring
 from pipeline.models.architecture import Geometry
 
 MIB = 1 << 20
@@ -44,6 +44,7 @@ GRAPHS = 64 * MIB
 """A decode step's buffers and its graphs' private pool: a few MiB, in blocks of 2 and 20."""
 
 COPIES = "copies of experts that follow use"
+RING = "ring that prompts' experts pass through"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Experts:
     alike: bool = True
     """Whether the records of all layers are of one layout: others pass through no ring, and have no
     copies."""
+    streamed: tuple[Road, ...] = NEAR
+    """Roads whose experts pass through the ring."""
+    buffers: int = PARTS
+    """In the ring, at most."""
 
     def count(self, layer: int, road: str) -> int:
         """Experts of a layer on a road."""
@@ -100,20 +105,28 @@ def ledger(
     weights: bytes of all but the experts; tokens: sequences that are decoded side by side, each of
     up to `length` tokens; threads: that the GPU can hold at once (`resident_threads`).
     """
-    pinned = {layer: experts.count(layer, "zero-copy") for layer in experts.nbytes}
-    streamed = [layer for layer, number in pinned.items() if number and experts.alike]
-    size = experts.nbytes[streamed[0]] if streamed else 0
-    parts, members = ring([pinned[layer] for layer in streamed], size) if streamed else (0, 0)
-    begin = [experts.copies.get(layer, []) for layer in streamed]
+    in_rows = [
+        (layer, number)
+        for layer in experts.nbytes
+        for road in experts.streamed
+        if (number := experts.count(layer, road))
+    ]
     sizes = experts.nbytes.items()
+    size = max(experts.nbytes.values(), default=0)  # of all, where it is used
+    ringed = [number for _, number in in_rows] if experts.alike else []
+    parts, members = ring(ringed, size, experts.buffers) if ringed else (0, 0)
+    homes = [
+        layer for layer in experts.nbytes if experts.alike and experts.count(layer, "zero-copy")
+    ]
+    begin = [experts.copies.get(layer, []) for layer in homes]
     resident = sum(size * experts.count(layer, "resident") for layer, size in sizes)
-    host = sum(size * pinned[layer] for layer, size in sizes)
+    host = sum(number * experts.nbytes[layer] for layer, number in in_rows)
     return Ledger(
         torch={
             "weights outside the experts": weights,
             "resident experts": resident,
-            COPIES: copies_each(begin) * len(streamed) * size,
-            "ring that prompts' experts pass through": parts * members * size,
+            COPIES: copies_each(begin) * len(homes) * size,
+            RING: parts * members * size,
             f"keys and values of {length:,} tokens": held_bytes(config, tokens, length, dtype),
             "recurrent states": state_bytes(config, tokens, dtype),
             "activations of a prompt": prompt_bytes(config, geometry, tokens, length, dtype),

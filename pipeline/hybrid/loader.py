@@ -13,7 +13,6 @@ import logging
 import re
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,21 +25,13 @@ from pipeline.checkpoint import Checkpoint, StoredWeight
 from pipeline.checkpoint.names import expert_of, natural
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
-from pipeline.hybrid.ledger import Experts, Ledger, ledger, resident_threads
 from pipeline.hybrid.modules import QuantizedLinear
 from pipeline.hybrid.native import dense
 from pipeline.hybrid.native.library import find
-from pipeline.hybrid.placing import Table, as_copies, by_request, count
-from pipeline.hybrid.roads import (
-    CHOSEN,
-    allowed_on,
-    check_device,
-    check_host,
-    choose,
-    kernels_fail,
-    known_use,
-)
-from pipeline.hybrid.routed import LayoutError, PinningError, RoutedExperts
+from pipeline.hybrid.places import Machine, Places, find_places
+from pipeline.hybrid.placing import count
+from pipeline.hybrid.roads import CHOSEN, kernels_fail, known_use
+from pipeline.hybrid.routed import PinningError, RoutedExperts
 from pipeline.hybrid.stored import to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -167,7 +158,6 @@ class _Loader:
         self.checkpoint = checkpoint
         self._follow_use = follow_use
         self._native = native
-        self._copies: dict[int, list[int]] = {}
         self.device = device
         self.dtype = dtype
         where = str(checkpoint.path)
@@ -182,9 +172,9 @@ class _Loader:
         self._rounded: list[str] = []
         self.remarks: list[str] = []
         """What is to be said of the roads that were chosen."""
-        self._ledger: Ledger | None = None
-        self._roads: Table = {}
-        self._homes: Table = {}
+        self._places = Places()
+        self._prompts = ""
+        """Beside a GPU, which side computes the CPU's experts for prompts."""
         self._experts = RoutedExperts(
             checkpoint, self.architecture, self.geometry, device, dtype, native=native
         )
@@ -223,56 +213,26 @@ class _Loader:
         return need
 
     def choose_roads(self, placement: str, need: int, limit: int | None, host: int | None) -> None:
-        """Fill the table; ResourceError when experts do not fit where it wants them.
+        """Find every expert's place; ResourceError when experts do not fit where it wants them.
 
         need: bytes that the rest takes on the device; limit and host: of device and RAM.
         """
-        where = str(self.checkpoint.path)
-        layers = self._layer_experts()
-        cuda = self.device.type == "cuda"
-        room = 0
-        if placement in CHOSEN and cuda:
-            why = "no GPU memory for the ring that they would pass through"
-            try:
-                bare = self._ledger_of(need, by_request(layers, "zero-copy"), {})
-                room = allowed_on(self.device, limit) - bare.total
-            except LayoutError as error:
-                room, why = -1, str(error)
-            if room < 0:
-                placement = "cpu"
-                self.remarks.append(f"the CPU computes all experts: {why}")
-        if placement == "fill" and cuda:
-            layers = {
-                layer: replace(known, expert_nbytes=self._experts.layout(layer).nbytes)
-                for layer, known in layers.items()
-            }
-        self._roads, remarks = choose(placement, layers, self.device, room, self._native)
-        self.remarks += remarks
-        self._homes = self._roads
-        if self._follow_use:
-            self._copies, self._homes = as_copies(self._roads, layers)
-        if cuda:
-            self._ledger = self._ledger_of(need, self._homes, self._copies)
-            check_device(self._ledger, self.device, limit, where)
-        check_host(self._homes, layers, host, where)
-        missing = find()
-        on_cpu = any("cpu" in roads for roads in self._homes.values())
-        if on_cpu and self._native and self.dtype == torch.bfloat16 and isinstance(missing, str):
-            self.remarks.append(f"no native kernel, torch's products compute experts: {missing}")
-
-    def _ledger_of(self, need: int, homes: Table, copies: dict[int, list[int]]) -> Ledger:
-        """What the device will hold, with experts so placed."""
-        used = [k for k, roads in homes.items() if any(road != "cpu" for road in roads)]
-        layouts = {layer: self._experts.layout(layer) for layer in used}
-        sizes = {layer: layout.nbytes for layer, layout in layouts.items()}
-        return ledger(
+        machine = Machine(self.device, self.dtype, limit, host, self._follow_use, self._native)
+        self._places = find_places(
+            placement,
+            self._layer_experts(),
+            self._experts,
             self.model.config,
             self.geometry,
             need,
-            Experts(homes, sizes, copies, len(set(layouts.values())) < 2),
-            dtype=self.dtype,
-            threads=resident_threads(self.device),
+            machine,
+            str(self.checkpoint.path),
         )
+        self.remarks += self._places.remarks
+        missing = find()
+        on_cpu = any("cpu" in roads for roads in self._places.homes.values())
+        if on_cpu and self._native and self.dtype == torch.bfloat16 and isinstance(missing, str):
+            self.remarks.append(f"no native kernel, torch's products compute experts: {missing}")
 
     def _layer_experts(self) -> dict[int, LayerExperts]:
         """Size and use of each layer's experts; use is known where there is a shard map."""
@@ -295,7 +255,10 @@ class _Loader:
         self._fill_dense()
         if self._native and self.device.type == "cpu":
             dense.use_in(self.model)
-        for filled in self._experts.fill(self._homes):
+        places = self._places
+        for filled in self._experts.fill(
+            places.homes, visiting=places.visiting, pinning=places.pinning
+        ):
             self._by_road.update(filled.by_road)
             self._backends["experts"].update(filled.backends)
             self._rounded += filled.rounded
@@ -316,19 +279,24 @@ class _Loader:
         """On a GPU, decode in fixed buffers and so on, as far as its kernels work."""
         if self.device.type == "cuda" and kernels_fail(self.device) is None:
             runtime = importlib.import_module("pipeline.hybrid.runtime")  # imports Triton
-            runtime.connect(self.model, self._copies)
+            places = self._places
+            top_k = self.geometry.top_k if places.visiting else None
+            runtime.connect(self.model, places.copies, top_k=top_k, buffers=places.buffers)
+            if any("cpu" in roads for roads in places.homes.values()):
+                self._prompts = runtime.prompts(self.model) + places.why_not
             torch.cuda.empty_cache()  # what laying out experts took is free for prompts' needs
 
     def placement(self) -> dict[str, Any]:
         """For reports: plain strings and numbers."""
-        whole = {str(layer): roads[0] for layer, roads in self._roads.items()}
-        mixed = {k: v for k, v in count(self._roads).items() if len(v) > 1}
+        whole = {str(layer): roads[0] for layer, roads in self._places.roads.items()}
+        mixed = {k: v for k, v in count(self._places.roads).items() if len(v) > 1}
         return {
             "device": str(self.device),
             "bytes": {**self._bytes},
             "experts": {**whole, **mixed},
             "expert_bytes": dict(self._by_road),
-            "ledger": self._ledger.items() if self._ledger else {},
+            "prompts": self._prompts,
+            "ledger": self._places.ledger.items() if self._places.ledger else {},
             "backends": {kind: dict(counts) for kind, counts in self._backends.items()},
         }
 

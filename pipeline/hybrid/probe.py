@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from pipeline.hybrid.cache import PREFILL_CHUNK
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import Rates
-from pipeline.hybrid.records import Records, layout_of
+from pipeline.hybrid.records import Records, host_memory, layout_of
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 _HIDDEN, _INNER, _GROUP = 2048, 512, 128
 """Experts of Qwen3-Next-80B."""
 
 _TOP_K = 10
+
+_FEWEST = 16
+"""Tokens of a prompt that may be worth bringing all experts for."""
 
 _BESIDE = 0.2
 """Seconds of copies that run while the CPU is measured; its part takes a tenth of that."""
@@ -27,21 +32,56 @@ def probe(device: torch.device, native: bool = True, nbytes: int = 1 << 27) -> R
 
     Both read the same memory, so that the CPU has what the copies leave.  native: see `load`.
     """
-    pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    pinned = host_memory(nbytes, pin=True)
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)
     work, read = _products(nbytes, native)
-    seconds = []
-    for _ in range(3):
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        target.copy_(pinned, non_blocking=True)
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    for _ in range(round(_BESIDE / min(seconds))):
+    seconds = _copying(pinned, target)
+    for _ in range(round(_BESIDE / seconds)):
         target.copy_(pinned, non_blocking=True)
     cpu = read / _best(work)
     torch.cuda.synchronize(device)
-    return Rates(pcie=nbytes / min(seconds), cpu=cpu)
+    return Rates(pcie=nbytes / seconds, cpu=cpu)
+
+
+def link_rate(device: torch.device, *, staged: bool, nbytes: int = 1 << 27) -> float:
+    """Bytes per second from pinned memory to a device; staged: from other memory, by way of pinned
+    buffers, where the slower of the two copies counts."""
+    pinned = host_memory(nbytes, pin=device.type == "cuda")
+    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    seconds = _copying(pinned, target)
+    if staged:
+        plain = torch.ones(nbytes, dtype=torch.uint8)
+        seconds = max(seconds, _best(lambda: pinned.copy_(plain)))
+    return nbytes / seconds
+
+
+def tokens_worth(experts: NativeExperts, of: int, top_k: int, seconds: float) -> int | None:
+    """Tokens of a prompt, a power of two, for which the CPU takes longer than so many seconds with
+    its experts of one layer; None: with no chunk of a prompt.
+
+    of: experts of the layer, calls of the others being another road's; top_k: calls of a token.
+    """
+    hidden = experts.records.layout.gate_up.columns
+    generator = torch.Generator().manual_seed(0)
+    tokens = _FEWEST
+    while tokens <= PREFILL_CHUNK:
+        x = torch.ones((tokens, hidden), dtype=torch.bfloat16)
+        index = torch.rand((tokens, of), generator=generator).topk(top_k).indices
+        index = index.clamp(max=experts.num_experts)
+        weights = torch.ones(index.shape)
+        if _best(partial(experts, x, index, weights)) > seconds:
+            return tokens
+        tokens *= 2
+    return None
+
+
+def _copying(pinned: Tensor, target: Tensor) -> float:
+    def copy() -> None:
+        target.copy_(pinned, non_blocking=True)
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
+
+    return min(_best(copy), _best(copy))
 
 
 def cpu_rate(nbytes: int, native: bool = True) -> float:
@@ -50,7 +90,7 @@ def cpu_rate(nbytes: int, native: bool = True) -> float:
     return read / _best(work)
 
 
-def _best(work: Callable[[], None]) -> float:
+def _best(work: Callable[[], object]) -> float:
     seconds = []
     for _ in range(2):
         started = time.perf_counter()

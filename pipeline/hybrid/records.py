@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -158,15 +159,14 @@ def empty(
     count: int,
     device: torch.device,
     *,
-    pin: bool = False,
     large_pages: Callable[[int, int], None] | None = None,
 ) -> Records:
-    """Room for so many records; RuntimeError where there is none, or none can be pinned.
+    """Room for so many records; RuntimeError where there is none.
 
     large_pages: on the CPU, called with the room's address and bytes before anything is there.
     """
     if device.type == "cpu":
-        data = host_memory(count * layout.nbytes, pin=pin)
+        data = host_memory(count * layout.nbytes, pin=False)
         if large_pages is not None:
             large_pages(data.data_ptr(), data.nbytes)
     else:
@@ -211,17 +211,27 @@ def _view(data: Tensor, rows: int, start: int, columns: int, dtype: torch.dtype)
 def host_memory(nbytes: int, *, pin: bool) -> Tensor:
     """uint8 [nbytes] at a page's beginning; RuntimeError when it cannot be pinned.
 
-    pin: page-locked, so that a GPU's kernels can read it; released with the last reference.
-    torch's own pinned allocator rounds up to powers of two and keeps what was freed.
+    pin: see `pin_memory`.  torch's own pinned allocator rounds up to powers of two and keeps what
+    was freed.
     """
     room = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
     skip = -room.data_ptr() % _PAGE
     data = room[skip : skip + nbytes]
     if pin:
-        cudart = torch.cuda.cudart()
-        torch.cuda.check_error(cudart.cudaHostRegister(data.data_ptr(), nbytes, _MAPPED))
-        weakref.finalize(room.untyped_storage(), cudart.cudaHostUnregister, data.data_ptr())
+        pin_memory(data)
     return data
+
+
+def pin_memory(data: Tensor) -> None:
+    """Lock the pages of host memory, so that a GPU's kernels can read it, until its storage is
+    released; RuntimeError where that is refused."""
+    cudart = torch.cuda.cudart()
+    refused = cudart.cudaHostRegister(data.data_ptr(), data.nbytes, _MAPPED)
+    if int(refused):
+        with suppress(RuntimeError):  # the next launch would report this error as its own
+            torch.ones(1, device="cuda")
+    torch.cuda.check_error(refused)
+    weakref.finalize(data.untyped_storage(), cudart.cudaHostUnregister, data.data_ptr())
 
 
 def _part(scheme: AffineScheme, rows: int, columns: int, start: int) -> Part:

@@ -82,8 +82,9 @@ def allowed_on(device: torch.device, limit: int | None) -> int:
 
 def check_host(
     table: Table, layers: Mapping[int, LayerExperts], host: int | None, where: str
-) -> None:
-    """ResourceError when experts in RAM exceed `host` bytes, or what is available."""
+) -> int:
+    """Bytes of RAM that are left behind the experts in it; ResourceError when those exceed `host`
+    bytes, or what is available."""
     in_ram = sum(
         layers[layer].expert_nbytes * sum(road != "resident" for road in roads)
         for layer, roads in table.items()
@@ -95,6 +96,7 @@ def check_host(
             f"{where}: experts need {in_ram / 2**30:.2f} GiB of RAM, {room / 2**30:.2f} GiB are "
             "allowed or available: free some, or make more experts resident"
         )
+    return room - in_ram
 
 
 def kernels_fail(device: torch.device) -> str | None:

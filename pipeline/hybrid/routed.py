@@ -25,7 +25,7 @@ from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.native.library import Library, find
 from pipeline.hybrid.placing import ROADS, Road, Table
-from pipeline.hybrid.records import Layout, Records, empty, layout_of, pack
+from pipeline.hybrid.records import Layout, Records, empty, layout_of, pack, pin_memory
 from pipeline.hybrid.stored import pair_rows, to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -87,13 +87,20 @@ class RoutedExperts:
         self._device = device
         self._dtype = dtype
         self._native = native and architecture.activation is nn.functional.silu
+        self._layouts: dict[int, Layout] = {}
+        self._visiting = self._pinning = False
         self._held = 0
 
-    def fill(self, homes: Table) -> Iterator[Filled]:
+    def fill(
+        self, homes: Table, *, visiting: bool = False, pinning: bool = False
+    ) -> Iterator[Filled]:
         """Every layer's module, in order; `homes`: the road that keeps each expert.
 
+        visiting: the CPU's experts may come to the device for prompts; pinning: their memory is to
+        be pinned, as far as it can be.
         Raises CheckpointError for experts that are damaged, ResourceError where there is no room.
         """
+        self._visiting, self._pinning = visiting, pinning
         threads = self._threads()
         if threads == 1:
             yield from map(self._layer, homes, homes.values())
@@ -120,13 +127,19 @@ class RoutedExperts:
             size += self._checkpoint.weights[name].nbytes
         return size
 
+    def native(self, layer: int) -> bool:
+        """Whether the CPU computes a layer's experts as records."""
+        return self._native and kernel_for(*self._read(layer, [0], "cpu"), self._dtype) is not None
+
     def layout(self, layer: int) -> Layout:
         """The record of a layer's experts on a device; LayoutError where kernels have none."""
+        if layer in self._layouts:
+            return self._layouts[layer]
         some = (
             self._as_configured(quantized, layer) for quantized in self._read(layer, [0], "cpu")
         )
         try:
-            return layout_of(*some)
+            return self._layouts.setdefault(layer, layout_of(*some))
         except ValueError as error:
             raise LayoutError(
                 f"{self._checkpoint.path}: the GPU's kernels cannot compute its experts ({error}): "
@@ -155,7 +168,8 @@ class RoutedExperts:
         cpu = None
         if mine := members["cpu"]:
             cpu = mine, self._on_cpu(layer, mine, backends, rounded)
-        if cpu is not None and len(mine) == len(roads):
+        visiting = self._visiting and cpu is not None and isinstance(cpu[1], NativeExperts)
+        if cpu is not None and len(mine) == len(roads) and not visiting:
             self._held += cpu[1].nbytes
             return Filled(layer, cpu[1], {"cpu": cpu[1].nbytes}, backends, rounded)
         split = importlib.import_module("pipeline.hybrid.split")  # imports Triton
@@ -212,7 +226,6 @@ class RoutedExperts:
     ) -> Records:
         """Some of a layer's experts where `road` wants them, laid out anew on the device, which is
         quick there, some at a time, which takes little of its memory."""
-        pin = self._device.type == "cuda" and road == "zero-copy"
         records: Records | None = None
         for first in range(0, len(experts), _AT_ONCE):
             try:
@@ -224,12 +237,25 @@ class RoutedExperts:
                 try:
                     where = self._device if road == "resident" else torch.device("cpu")
                     pages = None if kernel is None else kernel.large_pages
-                    records = empty(some.layout, len(experts), where, pin=pin, large_pages=pages)
+                    records = empty(some.layout, len(experts), where, large_pages=pages)
                 except RuntimeError as error:
-                    raise self._no_memory(road) from error
+                    raise self._no_memory("cpu" if where.type == "cpu" else road) from error
+                if road != "resident":
+                    self._pin(records, road)
             records.data[first : first + some.count].copy_(some.data)
         assert records is not None, "a road without experts has no records"
         return records
+
+    def _pin(self, records: Records, road: str) -> None:
+        """Zero-copy experts must be pinned for a GPU; the CPU's do without once it is refused."""
+        if self._device.type != "cuda" or (road == "cpu" and not self._pinning):
+            return
+        try:
+            pin_memory(records.data)
+        except RuntimeError as error:
+            if road != "cpu":
+                raise self._no_memory(road) from error
+            self._pinning = False
 
     def _as_configured(self, quantized: QuantizedTensor, layer: int) -> QuantizedTensor:
         """Symmetric where config.json says so, and only there, so that all records are alike."""

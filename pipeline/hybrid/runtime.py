@@ -9,38 +9,43 @@ from transformers import PreTrainedModel
 
 from pipeline.hybrid import delta_prefill
 from pipeline.hybrid.generation import install
-from pipeline.hybrid.placing import copies_each
+from pipeline.hybrid.native.experts import NativeExperts
+from pipeline.hybrid.placing import Road, copies_each
+from pipeline.hybrid.probe import link_rate, tokens_worth
 from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.split import SplitExperts
-from pipeline.hybrid.stream import Stream
+from pipeline.hybrid.stream import BOTH, NEAR, PARTS, Stream
 
 
 def connect(
     model: PreTrainedModel,
     copies: Mapping[int, Sequence[int]] | None = None,
     *,
+    top_k: int | None = None,
+    buffers: int = PARTS,
     kernels: bool | None = None,
 ) -> Residency | None:
-    """Stream zero-copy experts to long prompts, and let `model.generate` decode in fixed buffers.
+    """Stream experts in host memory to long prompts, and let `model.generate` decode in fixed
+    buffers.
 
     copies: per decoder layer, the experts to begin with of those that get copies on the device; as
     many in every layer as the mean, and which follows use from then on.  None: no copies.
+    top_k: experts a token, where those of the CPU come for prompts as well, from as many tokens on
+    as make that the quicker way on this machine; None: they stay.
+    buffers: in the ring that they come through, at most.
     kernels: see `Decoder`.
     """
-    layers = {
+    splits = {
         number: module
         for number, layer in enumerate(model.model.layers)
         for module in layer.modules()
-        if isinstance(module, SplitExperts) and "zero-copy" in module.device_roads
+        if isinstance(module, SplitExperts)
     }
     residency = None
-    alike = len({split.layout for split in layers.values()}) == 1
-    if alike:  # buffers and copies are of one size
+    if len({split.layout for split in splits.values()}) == 1:  # buffers and copies are of one size
         device: torch.device = model.device
-        records = [split.device_roads["zero-copy"].records for split in layers.values()]
-        stream = Stream(records, device)
-        for number, split in enumerate(layers.values()):
-            split.stream_from(stream, number)
+        _stream(list(splits.values()), device, top_k, buffers)
+        layers = {k: split for k, split in splits.items() if "zero-copy" in split.device_roads}
         if copies:
             begin = [copies.get(number, ()) for number in layers]
             residency = Residency(list(layers.values()), copies_each(begin), device)
@@ -51,3 +56,46 @@ def connect(
                 delta_prefill.install(layer.linear_attn)
     install(model, residency, kernels=kernels)
     return residency
+
+
+def prompts(model: PreTrainedModel) -> str:
+    """Which side computes the CPU's experts for prompts, for reports."""
+    splits = (module for module in model.modules() if isinstance(module, SplitExperts))
+    tokens = next((split.all_from for split in splits if split.host is not None), None)
+    if tokens is None:
+        return "the CPU"
+    return f"the CPU below {tokens} tokens, from there on the GPU"
+
+
+def _stream(
+    splits: Sequence[SplitExperts], device: torch.device, top_k: int | None, buffers: int
+) -> None:
+    """Let all layers' prompts come through one ring."""
+    if top_k is not None and (some := _with_any(BOTH, splits)):
+        try:
+            stream = Stream([split.in_ram for split in some], device, buffers)
+            all_from = _worth(stream, some, top_k)
+        except RuntimeError:  # no memory can be pinned for those on their way
+            all_from = None
+        if all_from is not None:
+            for number, split in enumerate(some):
+                split.stream_from(stream, number, all_from)
+            return
+    if some := _with_any(NEAR, splits):
+        near = [{road: split.in_ram[road] for road in NEAR} for split in some]
+        stream = Stream(near, device, buffers)
+        for number, split in enumerate(some):
+            split.stream_from(stream, number)
+
+
+def _with_any(roads: Sequence[Road], splits: Sequence[SplitExperts]) -> list[SplitExperts]:
+    return [split for split in splits if any(road in split.in_ram for road in roads)]
+
+
+def _worth(stream: Stream, splits: Sequence[SplitExperts], top_k: int) -> int | None:
+    """Tokens from which all experts of a layer come sooner than the CPU computes its own."""
+    for number, split in enumerate(splits):
+        if split.host is not None and isinstance(split.host.experts, NativeExperts):
+            seconds = stream.bytes_of(number) / link_rate(stream.device, staged=stream.staged)
+            return tokens_worth(split.host.experts, split.num_experts, top_k, seconds)
+    return None

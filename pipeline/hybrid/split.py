@@ -14,7 +14,7 @@ from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts
 from pipeline.hybrid.placing import ROADS, Road
 from pipeline.hybrid.records import Records
-from pipeline.hybrid.stream import Stream
+from pipeline.hybrid.stream import BOTH, NEAR, Stream
 
 Pieces = Generator[Callable[[], None], None, Tensor]
 """Device work cut where the CPU has to do something, which is what is yielded."""
@@ -45,7 +45,8 @@ class SplitExperts(nn.Module):
         activation: Callable[[Tensor], Tensor],
         device: torch.device,
     ) -> None:
-        """cpu: the experts it computes, and the module that does; device: of activations.
+        """cpu: the experts it computes, and the module that does, which has records where no other
+        road has any; device: of activations.
 
         ValueError for an activation other than silu, the one that the kernels know.
         """
@@ -72,10 +73,15 @@ class SplitExperts(nn.Module):
             self._still[members] = table[members]
         self._still = self._still.to(device)
         self._stream: tuple[Stream, int] | None = None
-        self.layout = next(iter(self.device_roads.values())).records.layout
+        self.all_from: int | None = None
+        """Tokens from which the CPU's experts come to the device; None: never."""
         self.host: HostRoad | None = None
+        self._in_ram = {road: its for road, its in self.device_roads.items() if road in BOTH}
         if cpu is not None:
             self.host = HostRoad(cpu[1], _places(cpu[0], experts))
+            if isinstance(cpu[1], NativeExperts):
+                self._in_ram["cpu"] = DeviceRoad(cpu[0], cpu[1].records)
+        self.layout = next(iter({**self.device_roads, **self._in_ram}.values())).records.layout
 
     def bytes_by_road(self) -> dict[str, int]:
         """Road -> bytes of its experts."""
@@ -95,13 +101,17 @@ class SplitExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `HybridExperts.forward`."""
         host: tuple[Tensor, Tensor, Tensor] | None = None
-        if self.host is not None:  # before the kernels are queued, or the copy would wait for them
-            host = hidden_states.to("cpu"), top_k_index.to("cpu"), top_k_weights.to("cpu")
         x = hidden_states.contiguous()
-        if x.shape[0] <= _FEW_TOKENS:
+        every = self.all_from is not None and x.shape[0] >= self.all_from
+        if self.host is not None and not every:
+            # before the kernels are queued, or the copy would wait for them
+            host = hidden_states.to("cpu"), top_k_index.to("cpu"), top_k_weights.to("cpu")
+        if not self.device_roads and not every:
+            output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        elif x.shape[0] <= _FEW_TOKENS:
             output = self.few(x, top_k_index, top_k_weights)
         else:
-            output = self._many(x, top_k_index, top_k_weights)
+            output = self._many(x, top_k_index, top_k_weights, every)
         if self.host is not None and host is not None:
             output = output + self.host(*host).to(output.device, torch.float32)
         return output.to(hidden_states.dtype)
@@ -122,6 +132,8 @@ class SplitExperts(nn.Module):
         """What `forward` computes for a few tokens, float32, as pieces of device work."""
         if self.host is None:
             return self.few(x, index, weights)
+        if not self.device_roads:
+            return (yield from self.host.pieces(x, index, weights))
         desk = self.host.desk(x, index, weights)
         desk.bring(x, index, weights)
         yield desk.note
@@ -129,32 +141,46 @@ class SplitExperts(nn.Module):
         yield desk.compute
         return output + desk.take()
 
-    def stream_from(self, stream: Stream, number: int) -> None:
-        """Where long prompts' zero-copy experts come from, and this layer's number there."""
-        slots = _places(self.device_roads["zero-copy"].experts, self.num_experts)
-        self._slots = slots.to(self.table.device)
-        self._stream = stream, number
+    @property
+    def in_ram(self) -> dict[Road, Records]:
+        """What a prompt may bring from there."""
+        return {road: its.records for road, its in self._in_ram.items()}
 
-    def _many(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def stream_from(self, stream: Stream, number: int, all_from: int | None = None) -> None:
+        """Where long prompts' zero-copy experts come from, and this layer's number there.
+
+        all_from: tokens, more than a few, from which the CPU's experts come as well and nothing is
+        left to the CPU; None: never.
+        """
+        members = [
+            expert for road in BOTH if road in self._in_ram for expert in self._in_ram[road].experts
+        ]
+        self._slots = _places(members, self.num_experts).to(self.table.device)
+        self._stream = stream, number
+        self.all_from = None if all_from is None else max(all_from, _FEW_TOKENS + 1)
+
+    def _many(self, x: Tensor, index: Tensor, weights: Tensor, every: bool) -> Tensor:
         chosen = index.flatten()
         groups = Groups(chosen, self.num_experts)
         # zeros: pairs of the CPU's experts are in it too
         inner = x.new_zeros((chosen.numel(), self.layout.gate_up.rows // 2))
         result = x.new_zeros((chosen.numel(), x.shape[1]))
-        for table in self._tables(chosen.numel()):
+        for table in self._tables(chosen.numel(), every):
             grouped(x, groups, table, self.layout.gate_up, inner, gated=True)
             grouped(inner, groups, table, self.layout.down, result, gated=False)
         scaled = torch.bmm(weights.to(x.dtype).unsqueeze(1), result.view(*index.shape, -1))
         return scaled.squeeze(1)
 
-    def _tables(self, pairs: int) -> Iterator[Tensor]:
-        """Tables that together name every expert of the device's once, in place when yielded."""
-        if self._stream is None or 2 * pairs < self.num_experts:  # most would come in vain
+    def _tables(self, pairs: int, every: bool) -> Iterator[Tensor]:
+        """Tables that together name every expert of the device's once, in place when yielded;
+        every: the CPU's too."""
+        few = 2 * pairs < self.num_experts  # most would come in vain
+        if self._stream is None or (not every and (few or "zero-copy" not in self._in_ram)):
             yield self.table
             return
         stream, number = self._stream
         still: Tensor | int = self._still
-        for part in stream.parts(number):
+        for part in stream.parts(number, BOTH if every else NEAR):
             place = self._slots - part.first
             here = (place >= 0) & (place < part.count)
             yield torch.where(here, place * self.layout.nbytes + part.address, still)

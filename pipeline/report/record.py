@@ -75,6 +75,7 @@ class Placement(_Part):
     backends: dict[str, dict[str, int]] = {}
     device_memory_limit: int | None = None
     ledger: dict[str, int] = {}
+    prompts: str = ""
 
 
 class LayerRecord(_Part):

@@ -253,6 +253,8 @@ def placement(record: Record) -> Section:
         lead = "All but the experts is on the GPU"
         lead += f", of which {size(limit)} may be used" if limit else ""
         lead += f"; experts were placed as {p.request} says."
+    if p.prompts:
+        lead += f" Experts of the CPU were computed for prompts by {p.prompts}."
     if p.use:
         lead += " Calls are the router's choices on the evaluation text."
     resident = nbytes.get("resident", 0)

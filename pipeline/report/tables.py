@@ -194,6 +194,8 @@ def stats_tables(made: Generated) -> list[Table]:
     for road, place, nbytes, calls in by_road(placed["expert_bytes"], made.decode_use):
         of_calls = f"; {calls} of the calls in decoding" if calls else ""
         pairs[f"experts, {road}"] = f"{nbytes} ({place}){of_calls}"
+    if placed["prompts"]:
+        pairs["experts, cpu, in prompts"] = f"computed by {placed['prompts']}"
     pairs["experts by"] = ", ".join(placed["backends"]["experts"])
     tables = [pairs_table("generated", pairs)]
     if counted := placed["ledger"]:

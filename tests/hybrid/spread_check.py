@@ -15,17 +15,19 @@ from judging import FORMATS, PLACEMENTS, TRAINED, error, passages, surprise
 from test_backends import random_quantized
 
 from pipeline import hybrid
-from pipeline.hybrid import loader
+from pipeline.hybrid import places
 from pipeline.hybrid.grouped import Groups, grouped
 from pipeline.hybrid.matvec import down, gate_up
+from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import ROADS
-from pipeline.hybrid.records import pack
-from pipeline.hybrid.split import SplitExperts
+from pipeline.hybrid.records import Records, pack
+from pipeline.hybrid.split import DeviceRoad, SplitExperts
+from pipeline.hybrid.stream import Stream
 from pipeline.hybrid.use import UseCounter
 from pipeline.quantize.tensor import AffineScheme
 
 
-def products() -> None:
+def products(_: Path) -> None:
     """All kernels against the float64 product, for every scheme; 24 rows fill no tile."""
     schemes = [(4, g, s) for g in (32, 64, 128, -1) for s in (True, False)]
     schemes += [(8, g, s) for g in (32, 128) for s in (True, False)] + [(3, 64, False)]
@@ -43,7 +45,7 @@ def products() -> None:
         index = torch.randint(0, 4, (tokens * share,))
         index[:2] = torch.tensor([2, 3])
         mine = index != 2
-        place = index - (index > 2).long()
+        place = (index - (index > 2).long()).clamp(max=2)
         rows = x.double().repeat_interleave(share, 0)
         gates, ups = product(wide, place, rows).chunk(2, dim=-1)
         inner = torch.nn.functional.silu(gates) * ups
@@ -75,8 +77,7 @@ def products() -> None:
 
 
 def product(quantized, place, rows):
-    weight = quantized.dequantize().double()
-    return (weight[place.clamp(max=2)] @ rows.unsqueeze(-1)).squeeze(-1)
+    return (quantized.dequantize().double()[place] @ rows.unsqueeze(-1)).squeeze(-1)
 
 
 def models(folder: Path) -> None:
@@ -95,20 +96,68 @@ def models(folder: Path) -> None:
 
 
 def with_random_roads(out: Path) -> None:
-    chosen = loader.choose
+    chosen = places.choose
 
     def anywhere(*args):
         table, remarks = chosen(*args)
         anyhow = {layer: random.choices(ROADS, k=len(roads)) for layer, roads in table.items()}
         return anyhow, remarks
 
-    loader.choose = anywhere
+    places.choose = anywhere
     parts = "resident:0.3,zero-copy:0.4,cpu:0.3"
     check(hybrid.load(out, device="cpu", dtype=torch.float32, placement=parts), out)
-    loader.choose = chosen
+    places.choose = chosen
     placed = hybrid.place(hybrid.load(out, device="cpu", dtype=torch.float32), placement=parts)
     assert any(isinstance(module, SplitExperts) for module in placed.modules())
     assert placed.hybrid_placement["experts"]["0"] == {"resident": 2, "zero-copy": 4, "cpu": 2}
+
+
+def visiting(_: Path) -> None:
+    """The CPU's experts of long prompts come to the device, and nothing is left to the CPU."""
+    made = {"bits": 4, "symmetric": True, "group": 32}
+    wide, narrow = random_quantized(12, 64, 64, **made), random_quantized(12, 64, 32, **made)
+    kernel = kernel_for(wide, narrow, torch.bfloat16)
+    if kernel is None:
+        print("no native kernel here")
+        return
+    records = pack(wide, narrow)
+    x = torch.randn(20, 64).bfloat16()
+    index = torch.rand(20, 12).topk(3).indices
+    weights = torch.rand(20, 3)
+    want = torch.zeros(20, 64)
+    for number in range(3):
+        place = index[:, number]
+        gates, ups = product(wide, place, x.double()).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gates) * ups
+        want += (product(narrow, place, inner) * weights[:, number : number + 1]).float()
+    layers = []
+    for spread in (["cpu"] * 12, random.choices(ROADS, k=12), ["resident", "cpu"] * 6):
+        members = {road: [i for i in range(12) if spread[i] == road] for road in ROADS}
+        roads, cpu = {}, None
+        for road, some in members.items():
+            held = Records(records.layout, records.data[some])
+            if road == "cpu":
+                cpu = (some, NativeExperts(kernel, held)) if some else None
+            elif some:
+                roads[road] = DeviceRoad(some, held)
+        layers.append(SplitExperts(roads, cpu, 12, torch.nn.functional.silu, x.device))
+        apart = layers[-1](x, index, weights)
+        assert off(apart, want) < 0.02, spread
+    stream = Stream([layer.in_ram for layer in layers], x.device, 2)
+    for number, layer in enumerate(layers):
+        layer.stream_from(stream, number, 10)
+        if layer.host is not None:
+            layer.host.forward = None  # whoever calls it fails
+        assert off(layer(x, index, weights), want) < 0.02, number
+        assert off(layer(x[:10], index[:10], weights[:10]), want[:10]) < 0.02, number
+    try:
+        layers[0](x[:9], index[:9], weights[:9])
+    except TypeError:
+        print("shorter prompts stay with the CPU")
+
+
+def off(got, want):
+    return ((got.float() - want).norm() / want.norm()).item()
 
 
 def trained(folder: Path) -> None:
@@ -122,7 +171,7 @@ def trained(folder: Path) -> None:
         method, scheme = random.choice(FORMATS)
         out = write_output(TRAINED, folder / placement, scheme, method=method)
         layer = random.randrange(6)
-        chosen = loader.choose
+        chosen = places.choose
 
         def one(*arguments, its=layer, where=placement, choose=chosen):
             table, remarks = choose(*arguments)
@@ -130,9 +179,9 @@ def trained(folder: Path) -> None:
             spread = random.choices(ROADS, k=len(roads)) if where == "random" else [where] * 32
             return {**{k: ["cpu"] * 32 for k in table}, its: spread}, remarks
 
-        loader.choose = one
+        places.choose = one
         model = hybrid.load(out, device="cpu", dtype=torch.float32, placement="cpu")
-        loader.choose = chosen
+        places.choose = chosen
         counter = UseCounter(model)
         with torch.inference_mode():
             got, want = model(ids).logits, dequantised(out, torch.float32)(ids).logits
@@ -169,6 +218,5 @@ def check(model, out: Path) -> None:
 if __name__ == "__main__":
     logging.disable()
     torch.set_num_threads(1)
-    {"products": lambda _: products(), "models": models, "trained": trained}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    parts = {"products": products, "models": models, "visiting": visiting, "trained": trained}
+    parts[sys.argv[1]](Path(sys.argv[2]))

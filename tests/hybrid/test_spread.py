@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
     [
         ("spread", "products"),
         ("spread", "models"),
+        ("spread", "visiting"),
         ("delta", "prompts"),
         ("spread", "trained"),
         ("fused", "steps"),

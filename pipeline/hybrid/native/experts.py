@@ -72,6 +72,11 @@ class NativeExperts(nn.Module):
         """Bytes of all experts."""
         return self._records.nbytes
 
+    @property
+    def records(self) -> Records:
+        """The experts."""
+        return self._records
+
     def roads(self, device: torch.device) -> Tensor:
         """See `HybridExperts.roads`."""
         return torch.full((self.num_experts,), ROADS.index("cpu"), device=device)
