@@ -89,7 +89,8 @@ def check_device_memory(context: Context) -> None:
 
 
 def _device_bytes(context: Context, weights: int) -> int:
-    """What the loaded result takes of a GPU while it is validated, experts on the CPU."""
+    """What the loaded result takes of a GPU while it is validated, experts on the CPU; prompts may
+    bring them where there is room for more (`hybrid/places.py`)."""
     homes = by_request({i: LayerExperts(1, 1) for i in context.geometry.moe_layers}, "cpu")
     found = ledger(
         model_config(context.checkpoint.config),

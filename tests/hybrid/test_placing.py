@@ -5,14 +5,18 @@ import random
 import pytest
 import torch
 from hybrid_models import MODELS, dequantised, write_output
+from test_backends import random_quantized
 
 from pipeline import hybrid
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import ResourceError, UserError
 from pipeline.hybrid import roads as road_table
 from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.native.experts import NativeExperts, kernel_for
+from pipeline.hybrid.native.library import find
 from pipeline.hybrid.placing import Rates, as_copies, by_policy, by_request, count
-from pipeline.hybrid.probe import cpu_rate
+from pipeline.hybrid.probe import cpu_rate, link_rate, tokens_worth
+from pipeline.hybrid.records import pack
 from pipeline.quantize.tensor import AffineScheme
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cpu_only")
@@ -103,6 +107,20 @@ def test_copies_have_a_home_in_pinned_memory():
 @pytest.mark.parametrize("native", [True, False])
 def test_the_cpus_rate_is_a_rate(native):
     assert cpu_rate(1 << 21, native) > 0
+
+
+def test_tokens_worth_bringing_experts():
+    """None if bringing takes forever, as few as may be if it takes no time."""
+    if isinstance(find(), str):
+        pytest.skip(f"no native kernel: {find()}")
+    made = {"bits": 4, "group": 32, "symmetric": True}
+    wide, narrow = random_quantized(6, 64, 64, **made), random_quantized(6, 64, 32, **made)
+    library = kernel_for(wide, narrow, torch.bfloat16)
+    experts = NativeExperts(library, pack(wide, narrow))
+    assert tokens_worth(experts, 8, 3, 1e9) is None
+    assert tokens_worth(experts, 8, 3, 0.0) == 16
+    for staged in (True, False):
+        assert link_rate(torch.device("cpu"), staged=staged, nbytes=1 << 20) > 0
 
 
 def test_what_a_gpu_gets_unasked(monkeypatch):
