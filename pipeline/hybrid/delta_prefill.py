@@ -145,6 +145,13 @@ def forward(own: Any, hidden: Tensor, cache: Any, mask: Tensor | None) -> Tensor
     return out
 
 
+def install_in(layer: Any) -> None:
+    """Make a decoder layer's DeltaNet, if it has one, read many tokens by `forward`."""
+    own = getattr(layer, "linear_attn", None)
+    if own is not None and "forward" not in vars(own):
+        install(own)
+
+
 def install(own: Any) -> None:
     """Make a transformers DeltaNet module read prompts by `forward`, where its heads allow it;
     single tokens, packed sequences and caches that can go back stay the module's own."""

@@ -52,8 +52,7 @@ def connect(
             residency.begin_with(begin)
     if model.device.type == "cuda" if kernels is None else kernels:
         for layer in model.model.layers:
-            if hasattr(layer, "linear_attn"):
-                delta_prefill.install(layer.linear_attn)
+            delta_prefill.install_in(layer)
     install(model, residency, kernels=kernels)
     return residency
 

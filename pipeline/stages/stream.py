@@ -8,6 +8,7 @@ all at once.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from pipeline.models.skeleton import (
     model_config,
     rotary_embedding,
 )
+from pipeline.quantize.backend import solver_backend
 from pipeline.stages.graphs import Call, Graphs
 
 TOKENS_PER_BATCH = 8192
@@ -112,6 +114,9 @@ class LayerStream:
         if self._built is not None and self._built is not module:
             assign(self._built, {n: p.to("meta") for n, p in self._built.named_parameters()})
         self._built = module
+        if solver_backend(self.device) == "triton":
+            # transformers' own scan over chunks is two thirds of a DeltaNet layer's time.
+            importlib.import_module("pipeline.hybrid.delta_prefill").install_in(module)
         if layer in self.geometry.moe_layers:
             parent, _, name = self.architecture.experts.rpartition(".")
             module.get_submodule(parent).register_module(name, _Recorder())
