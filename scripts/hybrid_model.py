@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline.hybrid.backends import BACKENDS
 from pipeline.hybrid.modules import HybridExperts
-from pipeline.hybrid.native import dense
+from pipeline.hybrid.native import dense, steps
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import ROADS, Road
 from pipeline.hybrid.records import Layout, Records, empty, host_memory, pin_memory, planned_layout
@@ -52,6 +52,7 @@ def build(
         layer.mlp.experts = split
     if device.type == "cpu":
         dense.use_in(model)
+        steps.use_in(model)
     return model
 
 

@@ -26,7 +26,7 @@ from pipeline.checkpoint.names import expert_of, natural
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.modules import QuantizedLinear
-from pipeline.hybrid.native import dense
+from pipeline.hybrid.native import dense, steps
 from pipeline.hybrid.native.library import find
 from pipeline.hybrid.places import Machine, Places, find_places
 from pipeline.hybrid.placing import count
@@ -78,8 +78,8 @@ def load(
     follow_use: resident experts are copies of zero-copy ones, and change with use while the model
     decodes on a GPU; False: the table stays as it is chosen, for timings that can be repeated.
 
-    native: the CPU computes experts, and linear layers for a few tokens, by the compiled kernels
-    where those were built and can; False: by torch's own products.
+    native: the CPU computes experts, and all of a decode step for a few tokens, by the compiled
+    kernels where those were built and can; False: by torch's own operations.
 
     The model gains `hybrid_placement` (where things are, bytes, back ends, load seconds, and
     remarks: what is also logged, once per process, of a GPU or kernels that are missing) and
@@ -255,6 +255,7 @@ class _Loader:
         self._fill_dense()
         if self._native and self.device.type == "cpu":
             dense.use_in(self.model)
+            steps.use_in(self.model)
         places = self._places
         for filled in self._experts.fill(
             places.homes, visiting=places.visiting, pinning=places.pinning

@@ -26,9 +26,9 @@ from bench_hybrid import limit_memory
 from hybrid_model import SCHEME, build, random_records, without_experts
 from synthetic_geometries import MODELS
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hybrid_peers.timing import prompt, say, speeds
+from hybrid_peers.timing import Plain, prompt, say, speeds
 from pipeline.hybrid.decode import Decoder
 from pipeline.hybrid.runtime import connect
 from pipeline.models.skeleton import build_skeleton
@@ -43,31 +43,6 @@ the other.  Between two uses of one lie 126 MB of other experts' weights, which 
 that this takes as long as four would, in 7 GB of RAM."""
 CHUNK = 32
 """Experts dequantised at once."""
-
-
-class Plain:
-    """A transformers model decoding as transformers does, on a cache that grows."""
-
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self._model, self._device = model, device
-        self._last = torch.zeros((1, 1), dtype=torch.int64, device=device)
-        self._cache: Any = None
-
-    def read(self, ids: Tensor) -> Tensor:
-        """See `timing.Read`."""
-        self._cache = DynamicCache(config=self._model.config)
-        return self._forward(ids.to(self._device))
-
-    def step(self) -> None:
-        """See `timing.Step`."""
-        self._forward(self._last)
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        model: Any = self._model
-        out = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._last = out.logits[:, -1:].argmax(-1)
-        logits: Tensor = out.logits[:, -1]
-        return logits
 
 
 def dense(experts: int, own: int) -> PreTrainedModel:
@@ -144,9 +119,13 @@ def run(side: str, folder: Path, args: argparse.Namespace) -> None:
     else:
         model = build(LAYERS, args.experts, device, {"zero-copy" if on_gpu else "cpu": 1.0},
                       vocabulary=VOCABULARY)  # fmt: skip
-        connect(model)
-        decoder = Decoder(model, 1, 1024)
-        read, step = decoder.prefill, decoder.step
+        if on_gpu:
+            connect(model)
+            decoder = Decoder(model, 1, 1024)
+            read, step = decoder.prefill, decoder.step
+        else:  # what `load` gives there
+            plain = Plain(model, device)
+            read, step = plain.read, plain.step
         how = f"int4, groups of {SCHEME.group_size}"
     ids = prompt(VOCABULARY).to(device)
     wait = torch.cuda.synchronize if on_gpu else _nothing

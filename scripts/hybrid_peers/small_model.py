@@ -18,9 +18,7 @@ from hybrid_model import build, random_records, without_experts
 from synthetic_geometries import MODELS
 
 from hybrid_peers.gguf_arrays import BLOCK, export
-from hybrid_peers.timing import prompt, say, speeds
-from pipeline.hybrid.decode import Decoder
-from pipeline.hybrid.runtime import connect
+from hybrid_peers.timing import Plain, prompt, say, speeds
 from pipeline.quantize.tensor import AffineScheme
 
 LAYERS, EXPERTS, VOCABULARY = 4, 128, 8192
@@ -40,10 +38,9 @@ def ours(group: int) -> None:
     """Time the CPU's road."""
     scheme = AffineScheme(4, group, True)
     model = build(LAYERS, EXPERTS, CPU, {"cpu": 1.0}, scheme=scheme, vocabulary=VOCABULARY)
-    connect(model)
-    decoder = Decoder(model, 1, 1024)
+    plain = Plain(model, CPU)  # what `load` gives there
     ids = prompt(VOCABULARY)
-    speed = speeds(decoder.prefill, decoder.step, ids, STEPS, lambda: None)
+    speed = speeds(plain.read, plain.step, ids, STEPS, lambda: None)
     say(f"ours, groups of {group}", speed)
 
 

@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 PROMPT, SHORT = 512, 128
 """Tokens of the prompt whose reading is timed, and of the one that decoding is timed behind."""
@@ -25,6 +27,31 @@ def prompt(vocabulary: int) -> Tensor:
     """int64 [1, PROMPT]; the same every time."""
     generator = torch.Generator().manual_seed(7)
     return torch.randint(5, vocabulary, (1, PROMPT), generator=generator)
+
+
+class Plain:
+    """A transformers model decoding as transformers does, on a cache that grows."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._last = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        self._cache: Any = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        """See `Read`."""
+        self._cache = DynamicCache(config=self._model.config)
+        return self._forward(ids.to(self._device))
+
+    def step(self) -> None:
+        """See `Step`."""
+        self._forward(self._last)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        model: Any = self._model
+        out = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._last = out.logits[:, -1:].argmax(-1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
 
 @dataclass(frozen=True)

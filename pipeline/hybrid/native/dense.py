@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from pipeline.hybrid.records import host_memory
 
 FEW = 4
 """Tokens up to which the kernel was faster than torch's product (docs/performance.md)."""
+_MATRICES = 4
+"""MATRICES in dense.c."""
 
 
 class NativeLinear(nn.Linear):
@@ -34,16 +38,25 @@ class NativeLinear(nn.Linear):
 
 
 def multiply(x: Tensor, weight: Tensor, library: Library) -> Tensor:
-    """x [..., in] times weight [out, in] transposed: [..., out].
+    """x [..., in] times weight [out, in] transposed: [..., out]; see `side_by_side`."""
+    return side_by_side(x, (weight,), library)
 
-    Both bfloat16 on the CPU, the weight contiguous; a token's result depends neither on the others
-    of the call nor on the number of threads.  MemoryError where there is no room for x in float32.
+
+def side_by_side(x: Tensor, weights: Sequence[Tensor], library: Library) -> Tensor:
+    """x [..., in] times each of up to four weights [out, in] transposed: [..., sum of out].
+
+    All bfloat16 on the CPU, weights contiguous; a token's result depends neither on the others of
+    the call nor on the number of threads.  MemoryError where there is no room for x in float32.
     """
-    rows, columns = weight.shape
+    columns = weights[0].shape[1]
     x = x.contiguous()
-    out = x.new_empty((*x.shape[:-1], rows))
+    sizes: list[int] = []
+    for weight in weights:
+        sizes += weight.data_ptr(), weight.shape[0]
+    out = x.new_empty((*x.shape[:-1], sum(sizes[1::2])))
     if library.dense(
-        *(weight.data_ptr(), rows, columns, x.data_ptr(), x.numel() // columns, out.data_ptr()),
+        *(*sizes, *(0,) * (2 * _MATRICES - len(sizes)), columns),
+        *(x.data_ptr(), x.numel() // columns, out.data_ptr()),
         *(library.kind, threads(), library.parallel),
     ):
         raise MemoryError("no memory for a linear layer's inputs")

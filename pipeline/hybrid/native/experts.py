@@ -77,6 +77,11 @@ class NativeExperts(nn.Module):
         """The experts."""
         return self._records
 
+    @property
+    def places(self) -> tuple[int, int]:
+        """Addresses of what `requant_experts` takes: the sizes, and the records' addresses."""
+        return self._sizes.data_ptr(), self._addresses.data_ptr()
+
     def roads(self, device: torch.device) -> Tensor:
         """See `HybridExperts.roads`."""
         return torch.full((self.num_experts,), ROADS.index("cpu"), device=device)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from pipeline.hybrid.records import Part
 KINDS = ("plain C", "AVX2", "AVX512 VNNI")
 """By the numbers of `requant_best` in layer.c."""
 
-_VERSION = 2
+_VERSION = 3
 """Of `requant_version` in layer.c: an older library would be called with arguments not its own."""
 
 _MAX_GROUPS = 2048
@@ -26,10 +27,20 @@ _MAX_GROUPS = 2048
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of layer.c and dense.c, and what they are called with."""
+    """The functions of layer.c and the files beside it, and what they are called with."""
 
     experts: Callable[..., int]
     dense: Callable[..., int]
+    delta: Callable[..., None]
+    norm: Callable[..., None]
+    route: Callable[..., None]
+    finish: Callable[..., None]
+    rotate: Callable[..., None]
+    attend: Callable[..., int]
+    delta_half: Callable[..., int]
+    attention_opening: Callable[..., int]
+    attention_half: Callable[..., int]
+    sparse_half: Callable[..., int]
     large_pages: Callable[[int, int], None]
     parallel: int
     """Address of GOMP_parallel in the OpenMP runtime that torch uses."""
@@ -39,6 +50,10 @@ class Library:
     def name(self) -> str:
         """For reports."""
         return f"native, {KINDS[self.kind]}"
+
+    def how(self) -> ctypes.Array[ctypes.c_int64]:
+        """`How` of half.c."""
+        return numbers(self.kind, threads(), self.parallel)
 
 
 @cache
@@ -54,8 +69,7 @@ def find() -> Library | str:
         found = ctypes.CDLL(str(path))
         if found.requant_version() != _VERSION:
             return "it is of another version: install requant again (pip install -e .)"
-        experts, dense = found.requant_experts, found.requant_dense
-        large_pages = found.requant_large_pages
+        functions = {name: _function(found, name, kinds) for name, kinds in _ARGUMENTS.items()}
         kind = int(found.requant_best())
     except (OSError, AttributeError) as error:
         return f"it cannot be loaded: {error}"
@@ -63,17 +77,37 @@ def find() -> Library | str:
         parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except AttributeError:
         return "torch was built with an OpenMP runtime that has no GOMP_parallel"
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    experts.argtypes = [
-        *(pointer, pointer, number, pointer, pointer, pointer, number, number, pointer),
-        *(ctypes.c_int, number, pointer),
-    ]
-    dense.argtypes = [
-        *(pointer, number, number, pointer, number, pointer),
-        *(ctypes.c_int, number, pointer),
-    ]
-    large_pages.argtypes, large_pages.restype = [pointer, number], None
-    return Library(experts, dense, large_pages, parallel or 0, kind)
+    return Library(**functions, parallel=parallel or 0, kind=kind)
+
+
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+_ARGUMENTS = {
+    "experts": "ppn ppp nnp inp",
+    "dense": "pn pn pn pn npnp inp",
+    "delta": "pn pn ppppf ppp nnnnnn inp",
+    "norm": "ppnnfp i",
+    "route": "pnnnni ppp i",
+    "finish": "pppn nnp i",
+    "rotate": "pn ppf ppnn nnnn pp i",
+    "attend": "pn ppp nnn pf nnnnn p inp",
+    "delta_half": "pppppnffp",
+    "attention_opening": "pppp nnn ff ppp p",
+    "attention_half": "pppppp nnn pnf p n p",
+    "sparse_half": "pppnfp",
+    "large_pages": "pn",
+}
+"""What each function takes, by the letters of _TYPES."""
+
+
+def numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    """A structure of addresses and sizes, each of 64 bits."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _function(found: ctypes.CDLL, name: str, kinds: str) -> Callable[..., Any]:
+    function = getattr(found, f"requant_{name}")
+    function.argtypes = [_TYPES[letter] for letter in kinds.replace(" ", "")]
+    return function
 
 
 def name() -> str:

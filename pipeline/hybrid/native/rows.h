@@ -1,34 +1,6 @@
 /* Rows of a bfloat16 matrix with a few vectors, for one kind of processor: dense.c includes this
  * once for each, with its NAME, its TARGET and the BYTES of its vectors. */
-#define INLINE static inline __attribute__((always_inline)) TARGET
-#define CONCAT(a, b) a##b
-#define NAMED(a, b) CONCAT(a, b)
-#define FN(name) NAMED(name, NAME)
-#define WORDS FN(words_)
-#define FLOATS FN(floats_)
-/* Columns of one vector of words, two to a word. */
-#define STEP (BYTES / 2)
-
-typedef uint32_t WORDS __attribute__((vector_size(BYTES)));
-typedef float FLOATS __attribute__((vector_size(BYTES)));
-
-/* Two float32 of each word: bfloat16 are their upper halves. */
-INLINE void FN(split_)(const void *at, FLOATS *even, FLOATS *odd)
-{
-    WORDS words;
-    memcpy(&words, at, sizeof words);
-    *even = (FLOATS)(words << 16), *odd = (FLOATS)(words & 0xFFFF0000);
-}
-
-INLINE float FN(total_)(FLOATS *even, FLOATS *odd)
-{
-    FLOATS both = *even + *odd;
-    float lanes[BYTES / 4];
-    memcpy(lanes, &both, sizeof lanes);
-    for (int half = BYTES / 8; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
+#include "lanes.h"
 
 /* R rows with T vectors that lie `stride` apart. */
 INLINE void FN(few_)(const int R, const int T, const Dense *d, int64_t row, int64_t token)
@@ -60,7 +32,7 @@ INLINE void FN(few_)(const int R, const int T, const Dense *d, int64_t row, int6
     }
     for (int t = 0; t < T; t++)
         for (int r = 0; r < R; r++)
-            d->out[(token + t) * d->rows + row + r] =
+            d->out[(token + t) * d->out_stride + row + r] =
                 narrow(FN(total_)(&even[r * T + t], &odd[r * T + t]));
 }
 
@@ -90,13 +62,4 @@ static TARGET void FN(rows_)(const Dense *d, int64_t row, int64_t end)
         for (int64_t t = 0; t < d->tokens; t++) FN(few_)(1, 1, d, row, t);
 }
 
-#undef INLINE
-#undef CONCAT
-#undef NAMED
-#undef FN
-#undef WORDS
-#undef FLOATS
-#undef STEP
-#undef NAME
-#undef TARGET
-#undef BYTES
+#include "lanes_end.h"

@@ -3,18 +3,12 @@
 #include <float.h>
 #include <math.h>
 
+#include "numbers.h"
+
 #define INLINE static inline __attribute__((always_inline))
 
 /* Smaller largest elements count as zero: their inverse would leave float32's range. */
 #define TINY 1e-30f
-
-INLINE float widen(uint16_t bits)
-{
-    uint32_t word = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &word, sizeof value);
-    return value;
-}
 
 INLINE void prepare(const float *values, const uint16_t *bits, const Matrix *m, Vector *v)
 {
@@ -67,23 +61,6 @@ INLINE void prepare(const float *values, const uint16_t *bits, const Matrix *m, 
             }
         }
     }
-}
-
-/* e**x to about 1e-7 of itself: 2**n * e**r, |r| <= ln 2 / 2, with e**r by its Taylor series. */
-INLINE float exponential(float x)
-{
-    x = x > 88 ? 88 : x < -87 ? -87 : x; /* a NaN stays one */
-    float shifted = x * 1.44269504f + 12582912.0f; /* its last bits are n */
-    float n = shifted - 12582912.0f;
-    float r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    float power = 1 + r * (1 + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 +
-                  r * (1.0f / 720 + r * (1.0f / 5040)))))));
-    uint32_t word;
-    memcpy(&word, &shifted, sizeof word);
-    word = (word << 23) + 0x3F800000;
-    float whole;
-    memcpy(&whole, &word, sizeof whole);
-    return power * whole;
 }
 
 INLINE void gate_all(const float *gate, const float *up, int64_t count, float *out)

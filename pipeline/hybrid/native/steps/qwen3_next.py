@@ -1,0 +1,361 @@
+"""Qwen3-Next's modules: up to FEW tokens, one of each sequence, go through the compiled kernels.
+
+All in bfloat16 on the CPU, on states that a cache holds already; everything else, and what
+gradients are wanted of, is transformers' own code.
+"""
+
+# transformers' modules and caches are known by the attributes they have, not by types.
+# ruff: noqa: ANN401
+# mypy: disable-error-code="misc, no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.qwen3_next import modeling_qwen3_next as plain
+
+from pipeline.hybrid.native import step
+from pipeline.hybrid.native.dense import FEW, NativeLinear, side_by_side
+from pipeline.hybrid.native.experts import NativeExperts
+from pipeline.hybrid.native.library import Library, find, numbers
+from pipeline.hybrid.native.steps import MODULES
+
+
+class Norm(plain.Qwen3NextRMSNorm):
+    """The "1 + w" norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., n]."""
+        library = _kernels(x, self.weight, of=self)
+        if library is None or not x.is_contiguous() or x.shape[-1] % 16:
+            return super().forward(x)
+        return step.norm(x, self.weight, self.eps, library)
+
+
+class Router(plain.Qwen3NextTopKRouter):
+    """The router where it is called by itself."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, hidden] -> logits [T, experts], weights and int64 index [T, k]."""
+        library = _kernels(hidden_states, self.weight, of=self)
+        if library is None or not _choosable(self):
+            return super().forward(hidden_states)
+        logits = side_by_side(hidden_states.reshape(-1, self.hidden_dim), (self.weight,), library)
+        index, weights, _ = step.route(
+            logits, self.num_experts, self.top_k, library, normalise=self.norm_topk_prob
+        )
+        return logits, weights, index
+
+
+class Sparse(plain.Qwen3NextSparseMoeBlock):
+    """Router and shared expert beside the routed ones."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, n, hidden] -> the same."""
+        gate, shared, opening = self.gate, self.shared_expert, self.shared_expert_gate
+        library = _kernels(hidden_states, gate.weight, of=self)
+        linears = shared.gate_proj, shared.up_proj, opening, shared.down_proj
+        if (
+            library is None
+            or not _native(linears)
+            or not (_choosable(gate) and type(shared.act_fn) in _SILU)
+            or _watched(gate, shared, *linears)
+        ):
+            return super().forward(hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights = (gate.weight, *(linear.weight for linear in linears[:3]))
+        logits = side_by_side(x, weights, library)
+        index, chosen, inner = step.route(
+            logits, gate.num_experts, gate.top_k, library, normalise=gate.norm_topk_prob
+        )
+        routed = self.experts(x, index, chosen)
+        beside = side_by_side(inner, (shared.down_proj.weight,), library)
+        return step.finish(routed, beside, logits[:, -1:], library).view(hidden_states.shape)
+
+
+class DeltaNet(plain.Qwen3NextGatedDeltaNet):
+    """Gated DeltaNet."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """[B, n, hidden] -> the same; the cache's states move on."""
+        library = _kernels(hidden_states, self.A_log, of=self)
+        states = None if library is None else self._states(hidden_states, cache_params)
+        packed = others.get("cu_seq_lens_q") is not None
+        if library is None or states is None or attention_mask is not None or packed:
+            return super().forward(hidden_states, cache_params, attention_mask, **others)
+        x = hidden_states.reshape(len(hidden_states), -1)
+        wide, narrow = self.in_proj_qkvz, self.in_proj_ba
+        if type(wide) is NativeLinear and type(narrow) is NativeLinear:
+            mixed = side_by_side(x, (wide.weight, narrow.weight), library)
+            gates = mixed[:, len(wide.weight) :]
+        else:
+            mixed, gates = wide(x), narrow(x)
+        out = step.delta(
+            *(mixed, gates, states[0], self.conv1d.weight, states[1]),
+            *((self.A_log, self.dt_bias), (self.norm.weight, self.norm.variance_epsilon), library),
+        )
+        return self.out_proj(out).unsqueeze(1)
+
+    def _states(self, x: Tensor, cache: Any) -> tuple[Tensor, Tensor] | None:
+        """What the step changes in place, if it is as the kernel wants it."""
+        sizes = self.head_k_dim, self.head_v_dim
+        if (
+            cache is None
+            or x.shape[1] != 1
+            or cache.is_recording_past(self.layer_idx)
+            or any(size % 16 or size > step.SIZES for size in sizes)
+            or self.value_dim // self.num_k_heads > step.VALUES
+            or self.activation != "silu"
+            or self.conv1d.bias is not None
+            or any(p.dtype != torch.bfloat16 for p in (self.A_log, self.dt_bias))
+            or any(p.weight.dtype != torch.bfloat16 for p in (self.conv1d, self.norm))
+        ):
+            return None
+        window = cache.get_conv_state(self.layer_idx, state_idx=0)
+        memory = cache.get_recurrent_state(self.layer_idx, state_idx=0)
+        if window is None or memory is None or len(window) != len(x):
+            return None
+        fits = window.dtype == torch.bfloat16 and memory.dtype == torch.float32
+        fits = fits and window.is_contiguous() and memory.is_contiguous()
+        return (window, memory) if fits and window.is_cpu and memory.is_cpu else None
+
+
+class Attention(plain.Qwen3NextAttention):
+    """Gated attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, n, hidden] -> the same, and no weights; the cache grows."""
+        library = _kernels(hidden_states, self.q_norm.weight, of=self)
+        if library is None or not self._takes(hidden_states, attention_mask, past_key_values):
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **others
+            )
+        tokens, size = len(hidden_states), self.head_dim
+        x = hidden_states.reshape(tokens, -1)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        mixed = side_by_side(x, [linear.weight for linear in projections], library)
+        heads = self.q_proj.out_features // (2 * size), self.k_proj.out_features // size
+        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        query, keys = step.rotate(mixed, heads, norms, position_embeddings, library)
+        keys, values, mask = self._cached(keys.unsqueeze(2), mixed, attention_mask, past_key_values)
+        out = step.attend(mixed, query, keys, values, mask, self.scaling, library)
+        return self.o_proj(out.view(tokens, 1, -1)), None
+
+    def _cached(
+        self, keys: Tensor, mixed: Tensor, mask: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All keys and values, these and those of `mixed` among them, and which are seen."""
+        rows = keys.shape[1] * keys.shape[3]
+        values = mixed[:, -rows:].view(keys.shape)
+        keys, values = cache.update(keys, values, self.layer_idx)
+        if keys.stride() != values.stride() or keys.stride(-1) != 1:
+            keys, values = keys.contiguous(), values.contiguous()
+        return keys, values, None if mask is None else mask[:, 0, 0].contiguous()
+
+    def _takes(self, x: Tensor, mask: Tensor | None, cache: Any) -> bool:
+        return (
+            cache is not None
+            and x.shape[1] == 1
+            and _native((self.q_proj, self.k_proj, self.v_proj))
+            and self.head_dim % 16 == 0
+            and self.head_dim <= step.SIZES
+            and self.num_key_value_groups <= step.GROUPS
+            and self.config._attn_implementation == "sdpa"
+            and (mask is None or (mask.dtype == torch.bool and mask.shape[:3] == (len(x), 1, 1)))
+        )
+
+
+class Layer(plain.Qwen3NextDecoderLayer):
+    """A decoder layer: each half in one call where that can be, else by its modules."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> Tensor:
+        """[B, n, hidden] -> the same."""
+        x = hidden_states
+        library = _kernels(x, self.input_layernorm.weight, of=self)
+        mixed = None
+        if library is not None and x.is_contiguous() and x.shape[-1] % 16 == 0:
+            if self.block_type == "full_attention":
+                mixed = self._attend(
+                    x, position_embeddings, attention_mask, past_key_values, library
+                )
+            elif attention_mask is None and others.get("cu_seq_lens_q") is None:
+                mixed = self._recall(x, past_key_values, library)
+        if library is None or mixed is None:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, position_ids, past_key_values,
+                **others,
+            )  # fmt: skip
+        return self._think(mixed, library)
+
+    def _recall(self, x: Tensor, cache: Any, library: Library) -> Tensor | None:
+        """DeltaNet's half; None where it cannot be done in one call."""
+        own: Any = self.linear_attn
+        norm = self.input_layernorm
+        linears = own.in_proj_qkvz, own.in_proj_ba, own.out_proj
+        fits = _native(linears) and not _watched(own, norm, own.norm, *linears)
+        states = own._states(x, cache) if fits else None
+        if states is None:
+            return None
+        window, memory = states
+        half = numbers(
+            *(part.weight.data_ptr() for part in (norm, *linears[:2], own.conv1d)),
+            *(own.A_log.data_ptr(), own.dt_bias.data_ptr()),
+            *(own.norm.weight.data_ptr(), own.out_proj.weight.data_ptr()),
+            *(x.shape[-1], own.num_k_heads, own.num_v_heads // own.num_k_heads),
+            *(own.head_k_dim, own.head_v_dim, window.shape[-1]),
+        )
+        out = torch.empty_like(x)
+        failed = library.delta_half(
+            *(half, x.data_ptr(), window.data_ptr(), memory.data_ptr(), out.data_ptr(), len(x)),
+            *(norm.eps, own.norm.variance_epsilon, library.how()),
+        )
+        return _unless(failed, out)
+
+    def _attend(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Any,
+        library: Library,
+    ) -> Tensor | None:
+        """Attention's half."""
+        own: Any = self.self_attn
+        norm = self.input_layernorm
+        parts = own, norm, own.q_norm, own.k_norm, own.q_proj, own.k_proj, own.v_proj, own.o_proj
+        fits = own._takes(x, mask, cache) and _native((own.o_proj,))
+        if not fits or _watched(*parts):
+            return None
+        tokens, size = len(x), own.head_dim
+        heads, key_heads = own.q_proj.out_features // (2 * size), own.k_proj.out_features // size
+        query = x.new_empty((tokens, heads, size))
+        keys = x.new_empty((tokens, key_heads, 1, size))
+        mixed = x.new_empty((tokens, 2 * (heads + key_heads) * size))
+        (cos, sin), how = rotary, library.how()
+        half = numbers(
+            *(part.weight.data_ptr() for part in (norm, own.q_proj, own.k_proj, own.v_proj)),
+            *(part.weight.data_ptr() for part in (own.q_norm, own.k_norm, own.o_proj)),
+            *(x.shape[-1], heads, key_heads, size),
+        )
+        failed = library.attention_opening(
+            *(half, x.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+            *(cos.shape[-1] if len(cos) > 1 else 0, cos.shape[-1], tokens, norm.eps),
+            *(own.q_norm.eps, mixed.data_ptr(), query.data_ptr(), keys.data_ptr(), how),
+        )
+        _unless(failed, mixed)
+        keys, values, seen = own._cached(keys, mixed, mask, cache)
+        out = torch.empty_like(x)
+        failed = library.attention_half(
+            *(half, x.data_ptr(), mixed.data_ptr(), query.data_ptr(), keys.data_ptr()),
+            *(values.data_ptr(), *keys.stride()[:3], None if seen is None else seen.data_ptr()),
+            *(keys.shape[2], own.scaling, out.data_ptr(), tokens, how),
+        )
+        return _unless(failed, out)
+
+    def _think(self, x: Tensor, library: Library) -> Tensor:
+        """The half of experts, or of a dense MLP."""
+        norm: Any = self.post_attention_layernorm
+        block: Any = self.mlp
+        experts: Any = getattr(block, "experts", None)
+        if type(block) is not Sparse or type(experts) is not NativeExperts:
+            return self._plainly(x)
+        gate, shared, opening = block.gate, block.shared_expert, block.shared_expert_gate
+        linears = shared.gate_proj, shared.up_proj, opening, shared.down_proj
+        fits = _native(linears) and _choosable(gate) and type(shared.act_fn) in _SILU
+        if not fits or _watched(block, norm, experts, gate, shared, *linears):
+            return self._plainly(x)
+        half = numbers(
+            *(norm.weight.data_ptr(), gate.weight.data_ptr()),
+            *(linear.weight.data_ptr() for linear in linears),
+            *experts.places,
+            *(x.shape[-1], gate.num_experts, shared.gate_proj.out_features, gate.top_k),
+            gate.norm_topk_prob,
+        )
+        out = torch.empty_like(x)
+        failed = library.sparse_half(
+            half, x.data_ptr(), out.data_ptr(), len(x), norm.eps, library.how()
+        )
+        return _unless(failed, out)
+
+    def _plainly(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+
+def _unless(failed: int, out: Tensor) -> Tensor:
+    if failed:
+        raise MemoryError("no memory for a decode step")
+    return out
+
+
+def _native(linears: Iterable[nn.Module]) -> bool:
+    return all(
+        type(linear) is NativeLinear
+        and linear.weight.dtype == torch.bfloat16
+        and linear.weight.is_contiguous()
+        for linear in linears
+    )
+
+
+def _watched(*parts: nn.Module) -> bool:
+    """Whether somebody wants to see what goes through them."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _choosable(router: Any) -> bool:
+    return bool(router.num_experts <= step.EXPERTS and router.top_k <= step.CHOSEN)
+
+
+def _kernels(x: Tensor, weight: Tensor, *, of: nn.Module) -> Library | None:
+    """The kernels, if they can be used on x [..., n] and on such parameters of a module."""
+    library = find()
+    few = 0 < x.numel() <= FEW * x.shape[-1]
+    alike = x.dtype == weight.dtype == torch.bfloat16 and x.is_cpu and weight.is_cpu
+    if isinstance(library, str) or not few or not alike:
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in of.parameters())
+    ):
+        return None
+    return library
+
+
+MODULES.register(
+    "qwen3_next",
+    {
+        plain.Qwen3NextDecoderLayer: Layer,
+        plain.Qwen3NextRMSNorm: Norm,
+        plain.Qwen3NextTopKRouter: Router,
+        plain.Qwen3NextSparseMoeBlock: Sparse,
+        plain.Qwen3NextGatedDeltaNet: DeltaNet,
+        plain.Qwen3NextAttention: Attention,
+    },
+)
