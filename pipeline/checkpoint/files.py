@@ -77,8 +77,8 @@ class TensorFiles:
         """The bytes of each entry, in the order given; meant for small tensors."""
         found: list[bytes] = [b""] * len(entries)
         for file, start, stop, members in _runs(entries):
-            blob = bytearray(stop - start)
-            self._fill(file, start, memoryview(blob))
+            blob = memoryview(bytearray(stop - start))
+            self._fill(file, start, blob)
             for index in members:
                 begin = entries[index].offset - start
                 found[index] = bytes(blob[begin : begin + entries[index].nbytes])

@@ -10,7 +10,7 @@ transformers and the AWQ readers look at.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ from pipeline.quantize.tensor import AffineScheme
 
 RULE_SECONDS = 1.0
 """For one rule and one name; sane ones take microseconds."""
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_BLIND = re.compile(r"[-+]?:?(?:[A-Za-z_]|\\\.|\.\*|\^|\$)*")
+"""Rules of letters, dots and `.*`: whether one matches a name does not depend on numbers in it."""
 
 
 def quantization_config(scheme: AffineScheme, rules: ModuleRules, version: str) -> dict[str, Any]:
@@ -108,6 +112,32 @@ def _matches(rule: str, module: str) -> bool:
         ) from None
 
 
+def settings_of_each(modules: Iterable[str], config: Mapping[str, Any]) -> list[ModuleSettings]:
+    """As `settings_of` for many modules, of which most differ in the number of an expert alone.
+
+    They are asked for once for all that differ so, where the rules cannot tell them apart.
+    """
+    dynamic, names = config.get("dynamic") or {}, _left_dense(config)
+    rules = list(dynamic) if isinstance(dynamic, Mapping) else [""]
+    numbered = any(part.isdigit() for name in names for part in str(name).split("."))
+    blind = not numbered and all(_BLIND.fullmatch(rule) for rule in rules)
+    known: dict[str, ModuleSettings] = {}
+    found = []
+    for module in modules:
+        kind = _NUMBER.sub("0", module) if blind else module
+        if kind not in known:
+            known[kind] = settings_of(module, config)
+        found.append(known[kind])
+    return found
+
+
+def _left_dense(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("modules_to_not_convert") or []
+    if not isinstance(names, list):
+        raise CheckpointError("config.json: modules_to_not_convert is not a list of names")
+    return names
+
+
 def settings_of(module: str, config: Mapping[str, Any]) -> ModuleSettings:
     """What `config` (a quantization_config) says of a module; what it does not say is None.
 
@@ -124,10 +154,7 @@ def settings_of(module: str, config: Mapping[str, Any]) -> ModuleSettings:
         if matches:
             table |= override if isinstance(override, Mapping) else {}
             break
-    names = config.get("modules_to_not_convert") or []
-    if not isinstance(names, list):
-        raise CheckpointError("config.json: modules_to_not_convert is not a list of names")
-    for name in names:
+    for name in _left_dense(config):
         if module == name or module.endswith(f".{name}"):
             return ModuleSettings(False, because=f"modules_to_not_convert, {name}")
     group = table.get("group_size")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.canonical import MAX_DIMENSIONS, Table, parse_canonical
 from pipeline.checkpoint.stored import DTYPES, TensorEntry
 from pipeline.checkpoint.untrusted import (
     Limits,
@@ -31,7 +32,6 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
 MAX_TENSORS = 500_000
 """In one file.  A shard of the largest models has a tenth of that; more would take gigabytes."""
-MAX_DIMENSIONS = 8
 LIMITS = Limits(MAX_HEADER_BYTES, 10 * MAX_TENSORS)
 
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -75,6 +75,17 @@ def parse_header(text: bytes, size: int, file: str) -> FileHeader:
     """
     if text.count(b"{") > MAX_TENSORS + 2:
         raise _bad(file, f"its header lists more than {MAX_TENSORS:,} tensors; refused")
+    start = 8 + len(text)
+    entries, metadata, end = parse_canonical(text, file) or _parse_any(text, file)
+    if size not in (start, end):
+        if size < end:
+            raise _bad(file, f"truncated, {size:,} of {end:,} bytes are there; download it again")
+        raise _bad(file, f"{size - end:,} bytes follow the last tensor; download it again")
+    return FileHeader(file, entries, metadata, size, start, end)
+
+
+def _parse_any(text: bytes, file: str) -> Table:
+    """As `parse_canonical`, for any JSON; says what is wrong."""
     table = parse_table(text, f"{file}: its header", LIMITS)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -82,12 +93,7 @@ def parse_header(text: bytes, size: int, file: str) -> FileHeader:
     start = 8 + len(text)
     check_tensor_names(table, file)
     entries = [_entry(file, name, value, start) for name, value in table.items()]
-    end = _check_ranges(file, entries, start)
-    if size not in (start, end):
-        if size < end:
-            raise _bad(file, f"truncated, {size:,} of {end:,} bytes are there; download it again")
-        raise _bad(file, f"{size - end:,} bytes follow the last tensor; download it again")
-    return FileHeader(file, entries, metadata, size, start, end)
+    return entries, metadata, _check_ranges(file, entries, start)
 
 
 def _header_bytes(path: Path, file: str) -> tuple[int, bytes]:

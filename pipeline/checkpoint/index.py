@@ -36,6 +36,8 @@ class Layout:
 
     files: list[str]
     weight_map: Mapping[str, str] | None
+    total_size: object = None
+    """What the index says of the bytes of all tensors, whatever that is."""
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
@@ -55,11 +57,14 @@ def read_layout(directory: Path) -> Layout:
     file that is missing, lies outside the directory or is not safetensors.
     """
     if (directory / INDEX_NAME).exists():
-        table = read_json(directory, INDEX_NAME).get("weight_map")
+        index = read_json(directory, INDEX_NAME)
+        table = index.get("weight_map")
         files = listed_files(table)
         for file in files:
             resolve_inside(directory, file)
-        return Layout(files, table)
+        metadata = index.get("metadata")
+        said = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return Layout(files, table, said)
     if (directory / SINGLE_NAME).exists():
         resolve_inside(directory, SINGLE_NAME)
         return Layout([SINGLE_NAME], None)
@@ -110,6 +115,8 @@ def resolve_inside(directory: Path, file: str) -> Path:
 
 def check_against(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
     """Index and headers must name the same tensors in the same files; CheckpointError if not."""
+    if weight_map == {name: entry.file for name, entry in entries.items()}:
+        return
     for tensor, file in weight_map.items():
         entry = entries.get(tensor)
         if entry is None:

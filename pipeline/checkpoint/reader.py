@@ -65,6 +65,8 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.headers = headers
+        self.indexed_size: object = None
+        """`total_size` of the index, None where there is none."""
         self.headers_only = any(header.headers_only for header in headers.values())
         self.entries = _merge(headers.values())
         self._storage: dict[str, StorageFormat] = {}
@@ -100,6 +102,7 @@ class Checkpoint:
             checkpoint = cls(path, config, {header.file: header for header in headers})
             if layout.weight_map is not None:
                 check_against(layout.weight_map, checkpoint.entries)
+                checkpoint.indexed_size = layout.total_size
         return checkpoint
 
     def _claim(self) -> dict[str, StoredWeight]:
@@ -312,9 +315,9 @@ class Checkpoint:
     def _layout(self, weight: StoredWeight) -> tuple[Any, ...]:
         """Equal for weights that can be read and decoded together."""
         state = _known(weight)
-        stored = self._stored_parts(weight)
-        parts = tuple((part, entry.dtype, entry.shape) for part, entry in stored.items())
-        return weight.format, state.shape, state.dtype, state.stack_key, parts
+        skipped = self._storage[weight.format].state_part(weight)
+        parts = [(p, e.dtype, e.shape) for p, e in weight.parts.items() if p != skipped]
+        return weight.format, state.shape, state.dtype, state.stack_key, *parts
 
     def _decode(self, weights: Sequence[StoredWeight], stored: Gathered) -> Tensor:
         storage = self._storage[weights[0].format]

@@ -189,3 +189,22 @@ def missing_part(weight: str, part: str, file: str) -> CheckpointError:
     return CheckpointError(
         f"{weight} ({file}) has no {part}; the directory is incomplete, download it again"
     )
+
+
+def present_parts(
+    module: str, parts: Sequence[str], entries: Mapping[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """Those of `module.PART` that are stored, by part."""
+    found = {}
+    for part in parts:
+        entry = entries.get(f"{module}.{part}")
+        if entry is not None:
+            found[part] = entry
+    return found
+
+
+def refuse_loose(entries: Mapping[str, TensorEntry], endings: tuple[str, ...], main: str) -> None:
+    """CheckpointError for a tensor of one of these endings whose module has no `main` part."""
+    for name, entry in entries.items():
+        if name.endswith(endings) and f"{name.rpartition('.')[0]}.{main}" not in entries:
+            raise missing_part(name.rpartition(".")[0], main, entry.file)

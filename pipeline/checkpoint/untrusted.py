@@ -126,7 +126,8 @@ def check_tensor_names(names: Collection[str], where: str) -> None:
 def twins(names: Iterable[str]) -> tuple[str, str] | None:
     """Two names that some file systems and readers take for one: equal but for case."""
     every = list(names)
-    if len(set(map(str.casefold, every))) == len(set(every)):
+    folded = "\n".join(every).casefold().split("\n")  # letter by letter: no more, no fewer lines
+    if len(set(folded)) == len(set(every)):
         return None
     seen: dict[str, str] = {}
     for name in every:

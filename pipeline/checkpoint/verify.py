@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.index import INDEX_NAME, read_json
-from pipeline.checkpoint.names import expert_of
+from pipeline.checkpoint.index import INDEX_NAME
+from pipeline.checkpoint.names import ExpertName, expert_of
 from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.seal import seal_problems
@@ -26,7 +26,9 @@ OTHER_FILES = ("validation_reference.safetensors", "validation_original.safetens
 
 
 def verify_directory(
-    path: Path, progress: Callable[[str], None] = lambda _message: None
+    path: Path,
+    progress: Callable[[str], None] = lambda _message: None,
+    further: Callable[[Checkpoint], list[Problem]] = lambda _checkpoint: [],
 ) -> list[Problem]:
     """All that is wrong with a model directory; an empty list when nothing is.
 
@@ -35,17 +37,22 @@ def verify_directory(
     scales finite and of a sign that makes sense, zeros and groups in range, weights finite.  Reads
     all bytes for the sums and again what values can be judged by (packed codes cannot).  A
     directory of headers only is checked by its headers.
-    `progress` is told of each file and each batch of weights, from several threads.
+    `progress` is told of each file and each batch of weights, from several threads.  `further` is
+    asked last, for what else is wrong with a directory that could be opened.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="sums") as beside:
         # Digests keep other processors busy than headers do.
         sealed = (path / SUMS_NAME).exists()
         sums = beside.submit(check_sums, path, progress=progress) if sealed else None
-        rest = _contents(path, progress)
+        rest = _contents(path, progress, further)
         return [*(sums.result() if sums is not None else []), *rest]
 
 
-def _contents(path: Path, progress: Callable[[str], None]) -> list[Problem]:
+def _contents(
+    path: Path,
+    progress: Callable[[str], None],
+    further: Callable[[Checkpoint], list[Problem]],
+) -> list[Problem]:
     """What `verify_directory` finds besides checksums."""
     problems = seal_problems(path)
     try:
@@ -68,6 +75,7 @@ def _contents(path: Path, progress: Callable[[str], None]) -> list[Problem]:
                     pool.shutdown(cancel_futures=True)
         except CheckpointError as error:  # the config makes no sense, or a file has changed
             problems.append(Problem(str(path), str(error)))
+    problems += further(checkpoint)
     checkpoint.close()
     return problems
 
@@ -88,12 +96,10 @@ def _index_problems(checkpoint: Checkpoint) -> list[Problem]:
             problems.append(
                 Problem(path.name, "belongs to no model here; the index has not got it")
             )
-    if (checkpoint.path / INDEX_NAME).exists():
-        metadata = read_json(checkpoint.path, INDEX_NAME).get("metadata") or {}
-        said = metadata.get("total_size")
-        total = sum(entry.nbytes for entry in checkpoint.entries.values())
-        if said is not None and said != total:
-            problems.append(Problem(INDEX_NAME, f"total_size is {said}, the tensors make {total}"))
+    said = checkpoint.indexed_size
+    total = sum(entry.nbytes for entry in checkpoint.entries.values())
+    if said is not None and said != total:
+        problems.append(Problem(INDEX_NAME, f"total_size is {said}, the tensors make {total}"))
     return problems
 
 
@@ -135,6 +141,9 @@ def _mapped_file(checkpoint: Checkpoint, name: str, file: MappedFile) -> list[Pr
         problems.append(
             Problem(MAP_NAME, f"{name} is said to be {file.nbytes} bytes, not {header.size}")
         )
+    names = [entry.name for entry in header.entries]
+    if file.kind == "experts" and _all_of_layer(names, file.layer):
+        return problems
     for entry in header.entries:
         expert = expert_of(entry.name)
         layer = None if expert is None else expert.layer
@@ -144,3 +153,16 @@ def _mapped_file(checkpoint: Checkpoint, name: str, file: MappedFile) -> list[Pr
                 Problem(name, f"of class {kind}, layer {layer}, against {MAP_NAME}", entry.name)
             )
     return problems
+
+
+def _all_of_layer(names: Sequence[str], layer: int | None) -> bool:
+    """Whether what they begin with makes all of them experts' tensors of a layer."""
+    stem, found, _ = names[0].partition(".experts.") if names else ("", "", "")
+    start = f"{stem}.experts."
+    if not found or layer is None or expert_of(f"{start}0.x") != ExpertName(layer, 0, "x"):
+        return False
+    if not all(name.startswith(start) and name != start for name in names):
+        return False
+    rest = "\n".join(names).replace(start, "")
+    # Behind the list these could make a name another layer's, or a draft head's.
+    return "layers." not in rest and "mtp" not in rest

@@ -7,6 +7,7 @@ architecture, the tokenizer and the records of the validation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,16 +40,17 @@ def verify_model(
     that fits the vocabulary, and the records of the validation.  Directories of headers alone and
     models of unknown architectures are checked by `verify_directory` only.
     """
-    problems = verify_directory(path, progress)
-    try:
-        checkpoint = Checkpoint.open(path)
-    except CheckpointError:
-        return problems  # it is one of them already
+    return verify_directory(path, progress, partial(_against_architecture, path, progress))
+
+
+def _against_architecture(
+    path: Path, progress: Callable[[str], None], checkpoint: Checkpoint
+) -> list[Problem]:
     architecture = ARCHITECTURES.get(str(checkpoint.config.get("model_type")))
     if architecture is None or checkpoint.headers_only:
-        checkpoint.close()
-        return problems
+        return []
     progress("tensors against the architecture")
+    problems: list[Problem] = []
     try:
         geometry = geometry_of(architecture, checkpoint.config, str(path))
         problems += _tensors(checkpoint, architecture, geometry)
@@ -56,7 +58,6 @@ def verify_model(
         problems += _records(path, geometry)
     except CheckpointError as error:
         problems.append(Problem("config.json", str(error)))
-    checkpoint.close()
     return problems
 
 

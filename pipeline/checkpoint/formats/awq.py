@@ -22,10 +22,18 @@ from torch import Tensor
 
 from pipeline.checkpoint.finite import UNSOUND_SCALES, require_finite, sound_scales
 from pipeline.checkpoint.formats import FORMATS
-from pipeline.checkpoint.gptq_settings import settings_of
+from pipeline.checkpoint.gptq_settings import ModuleSettings, settings_of_each
 from pipeline.checkpoint.output import ModuleRules
 from pipeline.checkpoint.problem import Problem
-from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry, missing_part
+from pipeline.checkpoint.stored import (
+    DTYPES,
+    State,
+    StoredWeight,
+    TensorEntry,
+    missing_part,
+    present_parts,
+    refuse_loose,
+)
 from pipeline.checkpoint.untrusted import shown
 from pipeline.checkpoint.words import pack_words, unpack_words
 from pipeline.errors import CheckpointError
@@ -115,19 +123,23 @@ class Awq:
             raise CheckpointError(
                 f"config.json says AWQ of the layout '{shown(layout, 40)}'; only 'gemm' can be read"
             )
-        weights = [
-            self._weight(name.removesuffix(".qweight"), entries)
-            for name in entries
-            if name.endswith(".qweight")
-        ]
-        claimed = {part.name for weight in weights for part in weight.parts.values()}
-        for name, entry in entries.items():
-            if name.endswith((".qzeros", ".scales")) and name not in claimed:
-                raise missing_part(name.rpartition(".")[0], "qweight", entry.file)
+        sound: dict[tuple[Any, ...], State] = {}
+        weights = []
+        for name in entries:
+            if name.endswith(".qweight"):
+                module = name.removesuffix(".qweight")
+                parts = present_parts(module, PARTS, entries)
+                kind = tuple((part, e.dtype, e.shape) for part, e in parts.items())
+                state = sound.get(kind)
+                if state is None:  # thousands are laid out alike
+                    state = sound[kind] = self._state(module, parts)
+                elements = state.shape[0] * state.shape[1]
+                weights.append(StoredWeight(f"{module}.weight", self.name, parts, elements, state))
+        refuse_loose(entries, (".qzeros", ".scales"), "qweight")
         return weights
 
-    def _weight(self, module: str, entries: Mapping[str, TensorEntry]) -> StoredWeight:
-        parts = {p: entries[f"{module}.{p}"] for p in PARTS if f"{module}.{p}" in entries}
+    def _state(self, module: str, parts: Mapping[str, TensorEntry]) -> State:
+        """What a module's parts make; CheckpointError where they do not fit together."""
         packed = parts["qweight"]
         for part in PARTS:
             if part not in parts:
@@ -158,8 +170,7 @@ class Awq:
                 f"{packed.file}: {module} has {groups} groups for {columns} inputs"
             )
         dtype = DTYPES[parts["scales"].dtype]
-        state = State((rows, columns), dtype, (groups,), Packing(groups))
-        return StoredWeight(f"{module}.weight", self.name, parts, rows * columns, state)
+        return State((rows, columns), dtype, (groups,), Packing(groups))
 
     def pack(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """See `pipeline.checkpoint.output.OutputFormat`."""
@@ -242,17 +253,19 @@ class Awq:
         settings = config.get("quantization_config") or {}
         sound = sound_scales(parts["scales"], _unpack(parts["qzeros"]) == 1 << (BITS - 1))
         found = []
-        for i, weight in enumerate(weights):
-            name = weight.name.removesuffix(".weight")
-            whats = _contradictions(weight, settings)
+        names = [weight.name.removesuffix(".weight") for weight in weights]
+        said = settings_of_each(names, settings)
+        for i, (weight, name) in enumerate(zip(weights, names, strict=True)):
+            whats = _contradictions(weight, said[i], settings)
             if not sound[i]:
                 whats.append(UNSOUND_SCALES)
             found += [Problem(weight.parts["qweight"].file, what, name) for what in whats]
         return found
 
 
-def _contradictions(weight: StoredWeight, config: Mapping[str, Any]) -> list[str]:
-    said = settings_of(weight.name.removesuffix(".weight"), config)
+def _contradictions(
+    weight: StoredWeight, said: ModuleSettings, config: Mapping[str, Any]
+) -> list[str]:
     if not said.quantized:
         return [f"is packed, but config.json leaves it dense ({said.because})"]
     state = weight.state

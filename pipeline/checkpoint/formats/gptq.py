@@ -25,10 +25,18 @@ from torch import Tensor
 
 from pipeline.checkpoint.finite import UNSOUND_SCALES, require_finite, sound_scales
 from pipeline.checkpoint.formats import FORMATS
-from pipeline.checkpoint.gptq_settings import quantization_config, settings_of
+from pipeline.checkpoint.gptq_settings import ModuleSettings, quantization_config, settings_of_each
 from pipeline.checkpoint.output import ModuleRules
 from pipeline.checkpoint.problem import Problem
-from pipeline.checkpoint.stored import DTYPES, State, StoredWeight, TensorEntry, missing_part
+from pipeline.checkpoint.stored import (
+    DTYPES,
+    State,
+    StoredWeight,
+    TensorEntry,
+    missing_part,
+    present_parts,
+    refuse_loose,
+)
 from pipeline.checkpoint.untrusted import shown
 from pipeline.checkpoint.words import pack_words, unpack_words
 from pipeline.errors import CheckpointError
@@ -127,25 +135,30 @@ class Gptq:
         if settings.get("quant_method") != "gptq":
             return []
         version = 2 if settings.get("checkpoint_format") == "gptq_v2" else 1
-        weights = [
-            self._weight(name.removesuffix(".qweight"), entries, settings.get("bits"), version)
-            for name in entries
-            if name.endswith(".qweight")
-        ]
-        claimed = {part.name for weight in weights for part in weight.parts.values()}
-        for name, entry in entries.items():
-            if name.endswith((".qzeros", ".scales", ".g_idx")) and name not in claimed:
-                raise missing_part(name.rpartition(".")[0], "qweight", entry.file)
+        sound: dict[tuple[Any, ...], State] = {}
+        weights = []
+        for name in entries:
+            if name.endswith(".qweight"):
+                module = name.removesuffix(".qweight")
+                parts = present_parts(module, PARTS, entries)
+                kind = tuple((part, e.dtype, e.shape) for part, e in parts.items())
+                state = sound.get(kind)
+                if state is None:  # thousands are laid out alike
+                    state = self._state(module, parts, settings.get("bits"), version)
+                    sound[kind] = state
+                elements = state.shape[0] * state.shape[1]
+                weights.append(StoredWeight(f"{module}.weight", self.name, parts, elements, state))
+        refuse_loose(entries, (".qzeros", ".scales", ".g_idx"), "qweight")
         return weights
 
-    def _weight(
+    def _state(
         self,
         module: str,
-        entries: Mapping[str, TensorEntry],
+        parts: Mapping[str, TensorEntry],
         said_bits: Any,  # noqa: ANN401  (as the config has it)
         version: int,
-    ) -> StoredWeight:
-        parts = {p: entries[f"{module}.{p}"] for p in PARTS if f"{module}.{p}" in entries}
+    ) -> State:
+        """What a module's parts make; CheckpointError where they do not fit together."""
         packed = parts["qweight"]
         for part in ("qzeros", "scales"):
             if part not in parts:
@@ -182,8 +195,7 @@ class Gptq:
             )
         dtype = DTYPES[parts["scales"].dtype]
         details = Packing(bits, groups, version)
-        state = State((rows, columns), dtype, (bits, groups, version), details)
-        return StoredWeight(f"{module}.weight", self.name, parts, rows * columns, state)
+        return State((rows, columns), dtype, (bits, groups, version), details)
 
     def pack(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """See `pipeline.checkpoint.output.OutputFormat`; version 1, which every reader knows."""
@@ -264,18 +276,18 @@ class Gptq:
         settings = config.get("quantization_config") or {}
         values = _Values(parts, _packing(weights[0]))
         found = []
-        for i, weight in enumerate(weights):
-            whats = self._contradictions(weight, settings, values, i)
+        names = [weight.name.removesuffix(".weight") for weight in weights]
+        said = settings_of_each(names, settings)
+        for i, (weight, name) in enumerate(zip(weights, names, strict=True)):
+            whats = self._contradictions(weight, said[i], values, i)
             if not values.sound[i]:
                 whats.append(UNSOUND_SCALES)
-            name = weight.name.removesuffix(".weight")
             found += [Problem(weight.parts["qweight"].file, what, name) for what in whats]
         return found
 
     def _contradictions(
-        self, weight: StoredWeight, config: Mapping[str, Any], values: _Values, i: int
+        self, weight: StoredWeight, said: ModuleSettings, values: _Values, i: int
     ) -> list[str]:
-        said = settings_of(weight.name.removesuffix(".weight"), config)
         if not said.quantized:
             return [f"is packed, but config.json leaves it dense ({said.because})"]
         packing = _packing(weight)
@@ -322,11 +334,18 @@ class _Values:
     """
 
     def __init__(self, parts: Mapping[str, Tensor], packing: Packing) -> None:
-        zeros = unpack_words(parts["qzeros"], packing.bits)
-        central = zeros == 2 ** (packing.bits - 1) - (2 - packing.version)
-        self.sound = sound_scales(parts["scales"], central)
-        self.central = central.flatten(1).all(1).tolist()
-        self.overflowing = (zeros == 2**packing.bits - 1).flatten(1).any(1).tolist()
+        middle = 2 ** (packing.bits - 1) - (2 - packing.version)
+        words, scales = parts["qzeros"], parts["scales"]
+        self.overflowing: Sequence[bool] = [False] * len(words)
+        if _all_are(words, _repeated(middle, packing.bits)):  # as in any symmetric model
+            self.sound = sound_scales(scales, torch.ones(1, dtype=torch.bool))
+            self.central: Sequence[bool] = [True] * len(words)
+        else:
+            zeros = unpack_words(words, packing.bits)
+            central = zeros == middle
+            self.sound = sound_scales(scales, central)
+            self.central = central.flatten(1).all(1).tolist()
+            self.overflowing = (zeros == 2**packing.bits - 1).flatten(1).any(1).tolist()
         self._index = parts.get("g_idx")
         self._in_order: dict[int, Sequence[bool]] = {}
 
@@ -335,9 +354,22 @@ class _Values:
         if self._index is None:
             return [True] * len(self.sound)
         if group not in self._in_order:
-            plain = torch.arange(self._index.shape[1]) // group
+            plain = torch.arange(self._index.shape[1], dtype=self._index.dtype) // group
             self._in_order[group] = (self._index == plain).all(1).tolist()
         return self._in_order[group]
+
+
+def _all_are(words: Tensor, word: int) -> bool:
+    if not words.numel():
+        return False
+    low, high = torch.aminmax(words)  # in one pass that allocates nothing
+    return int(low) == int(high) == word
+
+
+def _repeated(code: int, bits: int) -> int:
+    """The int32 word that holds a code as often as fits."""
+    word = sum(code << shift for shift in range(0, 32, bits))
+    return word - 2**32 if word >= 2**31 else word
 
 
 def _packing(weight: StoredWeight) -> Packing:
