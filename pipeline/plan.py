@@ -21,6 +21,7 @@ import torch
 
 from pipeline.calibration import check_source, read_text
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.collection import collection_paused
 from pipeline.errors import CheckpointError, RecipeError, ResourceError
 from pipeline.hub.fetch import with_headers
 from pipeline.models import Architecture
@@ -117,6 +118,7 @@ class Plan:
         return seconds + min(job.bytes_scratch / BYTES_PER_SECOND, SHARE * seconds)
 
 
+@collection_paused()
 def prepare(recipe: Recipe, text: str) -> Context:
     """Open the source and check the recipe against it; nothing is written.
 
@@ -291,7 +293,7 @@ def _check_groups(
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in products of a type, from a probe of some 0.3 s.
+    """Operations a second in products of a type, from a probe of some 0.1 s.
 
     Such products take most of the time.  The best of several tries counts, as whatever else the
     machine does only slows them.
@@ -300,7 +302,7 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(n, n, device=device, dtype=dtype)
     (a @ a).sum().item()
     best = float("inf")
-    deadline = time.perf_counter() + 0.3
+    deadline = time.perf_counter() + 0.1
     while (started := time.perf_counter()) < deadline:
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - started)

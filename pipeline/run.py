@@ -17,6 +17,7 @@ import transformers
 from pipeline import __version__
 from pipeline.checkpoint.untrusted import expanded
 from pipeline.code import code_digest
+from pipeline.collection import set_aside
 from pipeline.device_errors import device_errors, limited
 from pipeline.errors import CheckpointError, DeviceFull, NumericalError, OutputError, RecipeError
 from pipeline.evaluate.speed import reset_peaks
@@ -72,7 +73,8 @@ def run(
     with early_digests(recipe) as digests:
         context = _prepared(recipe, text, chosen, announce)
         context.digest = digests.of
-        _run(context, chosen, fresh, quiet, announce)
+        with set_aside():
+            _run(context, chosen, fresh, quiet, announce)
     return context
 
 

@@ -1,11 +1,25 @@
-"""How many CPU threads torch uses: one default for every verb, so that figures can be compared."""
+"""Threads: how many torch uses, one default for every verb, and how they share the interpreter."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psutil
 import torch
+
+SWITCH_SECONDS = 0.0005
+"""After which a thread that runs Python makes way.  Those that read, write, digest or feed a GPU
+hold the interpreter for microseconds; with Python's own 5 ms they wait a thousand times as long
+whenever another one parses or counts."""
+
+
+def share_interpreter() -> None:
+    """Let threads that do little Python have their turn soon."""
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def use_threads(wanted: int | None = None) -> None:
@@ -13,3 +27,23 @@ def use_threads(wanted: int | None = None) -> None:
     allowed = len(os.sched_getaffinity(0))
     cores = psutil.cpu_count(logical=False) or allowed
     torch.set_num_threads(wanted or min(cores, allowed))
+    share_interpreter()
+
+
+@contextmanager
+def single_threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads in each of which torch has one; those not done are dropped at the end."""
+    everywhere = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, name, initializer=use_inside, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # What a thread sets holds for itself, and for all threads that begin after it.
+        torch.set_num_threads(everywhere)
+
+
+def use_inside(threads: int) -> None:
+    """Set torch's threads within the thread that this is called in."""
+    torch.get_num_threads()  # a new thread takes the process's number when it first asks
+    torch.set_num_threads(threads)

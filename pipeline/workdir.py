@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -228,7 +229,7 @@ class WorkDirectory:
     def _discard(self) -> None:
         for suffix in (".previous", ".discarded", ".work"):
             if self._aside(suffix).exists():
-                shutil.rmtree(self._aside(suffix))
+                _remove(self._aside(suffix))
 
     def _marker_path(self, unit: str) -> Path:
         return self.internal / "markers" / f"{unit}.json"
@@ -259,6 +260,14 @@ def difference(found: object, wanted: object, where: str = "") -> str | None:
                 return inner
         return None
     return None if found == wanted else f"{where} was {found}, is now {wanted}"
+
+
+def _remove(directory: Path) -> None:
+    """Delete a directory; a second for four gigabytes, unless several files go at once."""
+    with ThreadPoolExecutor(8, thread_name_prefix="remove") as pool:
+        for removed in [pool.submit(p.unlink) for p in directory.glob("*.safetensors")]:
+            removed.result()
+    shutil.rmtree(directory)
 
 
 def _occupied(path: Path) -> bool:

@@ -36,7 +36,8 @@ from pipeline.models import Architecture
 from pipeline.models.skeleton import architecture_of, geometry_of
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.stages.formats import module_rules
-from pipeline.stages.shard import Sizes, seal, write_nonexpert, write_tables
+from pipeline.stages.nonexpert import Sizes, write_nonexpert
+from pipeline.stages.shard import seal, write_tables
 from pipeline.stages.side_files import copy_side_files, digest_side_files
 from pipeline.stages.units import REFERENCE_FILE
 from pipeline.workdir import CONVERSION
@@ -172,8 +173,8 @@ def _nonexpert(output: Path, dense: Dense, seed: int) -> Sizes:
         fill_gaussian(data, mean, std, tables, rng_for(seed, name))
         return torch.from_numpy(data).view(torch.bfloat16).view(shape)
 
-    nbytes = {name: 2 * int(np.prod(shape)) for name, (shape, _, _) in dense.items()}
-    return write_nonexpert(output, nbytes, read)
+    described = {name: (torch.bfloat16, shape) for name, (shape, _, _) in dense.items()}
+    return write_nonexpert(output, described, read)
 
 
 def _calls(seed: int, layer: int, experts: int) -> list[int]:

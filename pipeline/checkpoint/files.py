@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +78,10 @@ class TensorFiles:
         """The bytes of each entry, in the order given; meant for small tensors."""
         found: list[bytes] = [b""] * len(entries)
         for file, start, stop, members in _runs(entries):
-            blob = memoryview(bytearray(stop - start))
-            self._fill(file, start, blob)
+            blob = self._bytes(file, start, stop - start)
             for index in members:
                 begin = entries[index].offset - start
-                found[index] = bytes(blob[begin : begin + entries[index].nbytes])
+                found[index] = blob[begin : begin + entries[index].nbytes]
         return found
 
     def gather(self, entries: Sequence[TensorEntry], *, pinned: bool = False) -> Gathered:
@@ -103,6 +103,16 @@ class TensorFiles:
             base += stop - start
         found = {entry.name: place for entry, place in zip(entries, places, strict=True)}
         return Gathered(data, found)
+
+    def _bytes(self, file: str, offset: int, count: int) -> bytes:
+        with suppress(OSError):
+            blob = os.pread(self._descriptor(file), count, offset)
+            if len(blob) == count:  # small reads nearly always are whole
+                self.bytes_read += count
+                return blob
+        data = bytearray(count)
+        self._fill(file, offset, memoryview(data))
+        return bytes(data)
 
     def _fill(self, file: str, offset: int, target: memoryview) -> None:
         descriptor = self._descriptor(file)

@@ -16,9 +16,11 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.seal import seal_problems
 from pipeline.checkpoint.shard_map import MAP_NAME, MappedFile, mapped_files, read_shard_map
 from pipeline.checkpoint.sums import SUMS_NAME, check_sums, read_sums
+from pipeline.collection import set_aside
 from pipeline.errors import CheckpointError
+from pipeline.threads import share_interpreter, single_threads
 
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(16, os.cpu_count() or 1)
 """Batches of weights checked at once."""
 
 OTHER_FILES = ("validation_reference.safetensors", "validation_original.safetensors")
@@ -40,6 +42,7 @@ def verify_directory(
     `progress` is told of each file and each batch of weights, from several threads.  `further` is
     asked last, for what else is wrong with a directory that could be opened.
     """
+    share_interpreter()
     with ThreadPoolExecutor(1, thread_name_prefix="sums") as beside:
         # Digests keep other processors busy than headers do.
         sealed = (path / SUMS_NAME).exists()
@@ -59,25 +62,31 @@ def _contents(
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:
         return [*problems, Problem(str(path), str(error))]
-    problems += [Problem("config.json", what) for what in checkpoint.describe().conflicts]
+    with set_aside():
+        problems += _opened(checkpoint, progress, further)
+    checkpoint.close()
+    return problems
+
+
+def _opened(
+    checkpoint: Checkpoint,
+    progress: Callable[[str], None],
+    further: Callable[[Checkpoint], list[Problem]],
+) -> list[Problem]:
+    problems = [Problem("config.json", what) for what in checkpoint.describe().conflicts]
     problems += _index_problems(checkpoint)
     problems += _map_problems(checkpoint)
     if not checkpoint.headers_only:
         try:
             batches = _batches(checkpoint)
-            with ThreadPoolExecutor(THREADS) as pool:
-                try:
-                    checked = pool.map(checkpoint.problems, batches)
-                    for number, (names, found) in enumerate(zip(batches, checked, strict=True), 1):
-                        progress(f"values of {names[0]}, {number} of {len(batches)}")
-                        problems += found
-                finally:
-                    pool.shutdown(cancel_futures=True)
+            with single_threads(THREADS, "values") as pool:
+                checked = pool.map(checkpoint.problems, batches)
+                for number, (names, found) in enumerate(zip(batches, checked, strict=True), 1):
+                    progress(f"values of {names[0]}, {number} of {len(batches)}")
+                    problems += found
         except CheckpointError as error:  # the config makes no sense, or a file has changed
-            problems.append(Problem(str(path), str(error)))
-    problems += further(checkpoint)
-    checkpoint.close()
-    return problems
+            problems.append(Problem(str(checkpoint.path), str(error)))
+    return problems + further(checkpoint)
 
 
 def _batches(checkpoint: Checkpoint) -> list[list[str]]:

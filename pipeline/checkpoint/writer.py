@@ -156,10 +156,17 @@ def write_safetensors(
     with _atomic(path) as digest:
         digest.write(_header(described, order, metadata))
         for name in order:
-            plain = tensors[name].detach().cpu().contiguous()
-            if plain.numel():
-                digest.write(plain.view(-1).view(torch.uint8).numpy().data)
+            digest.write(tensor_bytes(tensors[name]))
     return FileRecord(path.name, digest.size, digest.sha256.hexdigest())
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """What a file holds of a tensor, which may be on any device and a view."""
+    plain = tensor.detach().cpu().contiguous()
+    if not plain.numel():
+        return memoryview(b"")
+    data: memoryview = plain.view(-1).view(torch.uint8).numpy().data
+    return data
 
 
 Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -69,6 +69,8 @@ class OutputWriter:
         self._work = work
         self._behind = behind
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._saved: Future[None] | None = None
         self._current: LayerOutput | None = None
         self._lock = threading.Lock()
         self._seconds = 0.0
@@ -93,6 +95,11 @@ class OutputWriter:
         self._current = output
         return output
 
+    @property
+    def saving(self) -> bool:
+        """Whether streams of a layer before the current one are still being written."""
+        return self._saved is not None and not self._saved.done()
+
     def wait(self) -> None:
         """Until the layer before is on the disk; raises OutputError if it could not be written."""
         current, self._current = self._current, None
@@ -100,11 +107,14 @@ class OutputWriter:
             current.written.result()
 
     def close(self) -> None:
-        """Wait for what is still being written."""
+        """Wait for what is still being written, streams too."""
         try:
             self.wait()
+            if self._saved is not None:
+                self._saved.result()
         finally:
             self._pool.shutdown()
+            self._saver.shutdown()
 
     def write_file(self, name: str, tensors: Mapping[str, Tensor]) -> FileRecord:
         """One safetensors file of the work directory."""
@@ -119,7 +129,7 @@ class OutputWriter:
             self._seconds += seconds
 
     def _write(self, output: LayerOutput, experts: int, name: Name) -> None:
-        """A layer's files, then the streams, then the marker; drop older streams."""
+        """A layer's files, then the marker; the streams beside the layers to come."""
         work, layer = self._work, output.layer
         ends: list[LayerEnd] = []
         waited = 0.0
@@ -151,11 +161,18 @@ class OutputWriter:
             return
         end = ends[0]
         records.insert(0, self.write_file(dense_file(layer), end.dense))
-        if end.streams is not None:
-            # No output: a later layer may remove them, so the marker leaves them out.
-            self.write_file(streams_file(layer), end.streams)
         work.finish(layer_unit(layer), records, end.seconds, end.data)
         if end.streams is not None:
-            for path in sorted(work.internal.glob("streams-*.safetensors")):
-                if path != work.root / streams_file(layer):
-                    path.unlink()
+            if self._saved is not None:
+                self._saved.result()  # never more than one set of them in memory, or an error
+            self._saved = self._saver.submit(self._save, layer, end.streams)
+
+    def _save(self, layer: int, streams: Mapping[str, Tensor]) -> None:
+        """What leaves a layer that has its marker; older streams are dropped.
+
+        The marker leaves them out, since a later layer removes them.
+        """
+        self.write_file(streams_file(layer), streams)
+        for path in sorted(self._work.internal.glob("streams-*.safetensors")):
+            if path != self._work.root / streams_file(layer):
+                path.unlink()

@@ -19,11 +19,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint.writer import FileRecord
 from pipeline.errors import NumericalError
 from pipeline.evaluate.reference import ReferenceBuilder
 from pipeline.evaluate.windows import Windows
@@ -33,24 +35,16 @@ from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
-from pipeline.stages.experts import (
-    DOWN_SAMPLE_TOKENS,
-    LayerStatistics,
-    TileJob,
-)
+from pipeline.stages.experts import DOWN_SAMPLE_TOKENS, LayerStatistics, TileJob
 from pipeline.stages.folding import FoldedLayer, LayerFolding
 from pipeline.stages.formats import output_format
+from pipeline.stages.nonexpert import gather_nonexpert
 from pipeline.stages.output import LayerEnd, LayerOutput, OutputWriter
 from pipeline.stages.placement import place
 from pipeline.stages.routing import Routed, rows_on, sort_by_expert
 from pipeline.stages.sensitivity import Sensitivity
 from pipeline.stages.source import record_source
-from pipeline.stages.stream import (
-    COMPUTE_DTYPE,
-    LayerStream,
-    Recorded,
-    check_finite,
-)
+from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded, check_finite
 from pipeline.stages.streams import SavePolicy, Streams
 from pipeline.stages.tiles import LayerInputs, TileCrew
 from pipeline.stages.tiling import tiles
@@ -91,6 +85,7 @@ class Requantize:
         )
         self._streams: Streams | None = None
         self._policy = SavePolicy()
+        self._snapshot: dict[str, Tensor] | None = None
         placement = place(context)
         self._home = placement.home
         self._writer = OutputWriter(context.work, placement.behind)
@@ -109,7 +104,6 @@ class Requantize:
         layer = self._context.geometry.layers if job.layer is None else job.layer
         streams = self._enter(layer)
         if job.layer is None:
-            self._writer.wait()
             self._record_reference(streams, started)
             return
         if not self._reading:
@@ -123,7 +117,7 @@ class Requantize:
             self._writer.close()
         finally:
             self._crew.close()
-            self._streams = None
+            self._streams = self._snapshot = None
 
     def _enter(self, layer: int) -> Streams:
         """The streams as they enter a layer: in memory, embedded anew, or from disk."""
@@ -185,12 +179,15 @@ class Requantize:
             if streams.target is not None:
                 check_finite(streams.target, f"{where} of the source")
             due = self._policy.due(streams.nbytes, self._writer.bytes_per_second)
-            snapshot = streams.snapshot() if due else None
+            if due:
+                spare = None if self._writer.saving else self._snapshot
+                self._snapshot = streams.snapshot(spare)
         except BaseException:
             output.abandon()
             raise
         # Writing goes on beside the next layer's work, so its time is not this unit's.
-        output.put(LayerEnd(dense, snapshot, time.monotonic() - started, data))
+        saved = self._snapshot if due else None
+        output.put(LayerEnd(dense, saved, time.monotonic() - started, data))
         context.progress(f"layer {layer + 1} of {context.geometry.layers} solved")
 
     def _dense_modules(
@@ -352,25 +349,30 @@ class Requantize:
 
     def _record_reference(self, streams: Streams, started: float) -> None:
         """Source predictions on the validation windows, and the tensors outside all layers."""
-        checkpoint = self._context.checkpoint
-        records = [
-            self._writer.write_file(
-                dense_file(None), {n: checkpoint.load(n) for n in self._stream.outer_names()}
-            )
-        ]
         windows: Windows = self._texts.windows
         builder = ReferenceBuilder(windows, labels=self._texts.labels)
-        for first, logits in self._stream.logits(streams.evaluation):
-            builder.add(first, logits)
-        reference = builder.build()
-        path = self._context.work.root / REFERENCE_FILE
-        records.append(reference.save(path))
+        with ThreadPoolExecutor(1, thread_name_prefix="outer") as beside:
+            rest = beside.submit(self._write_rest)
+            for first, logits in self._stream.logits(streams.evaluation):
+                builder.add(first, logits)
+            reference = builder.build()
+            record = reference.save(self._context.work.root / REFERENCE_FILE)
+            records = [*rest.result(), record]
         self._context.work.finish(
             REFERENCE_UNIT,
             records,
             time.monotonic() - started,
             {"source_perplexity": reference.perplexity},
         )
+
+    def _write_rest(self) -> list[FileRecord]:
+        """The tensors outside all layers, and the shards of all but experts."""
+        context = self._context
+        tensors = {name: context.checkpoint.load(name) for name in self._stream.outer_names()}
+        outer = self._writer.write_file(dense_file(None), tensors)
+        self._writer.wait()
+        files = [dense_file(layer) for layer in (None, *range(context.geometry.layers))]
+        return [outer, *gather_nonexpert(context.work.root, files)]
 
     def _record_original(self, started: float) -> None:
         """The original's predictions on the validation windows."""

@@ -1,9 +1,8 @@
 """Stage 3: assemble, seal and name the output directory.
 
-The expert files are in place already, one a layer.  Here the other tensors are gathered into
-non-expert shards, and index, config, shard map, recipe and checksums are written.  Then the
-directory gets its final name.  `split_existing` does the same for a GPTQ or AWQ model that
-others made.
+The weights are in place already: a file of experts a layer, and the shards of all else.  Index,
+config, shard map, recipe and checksums are written, then the directory gets its final name.
+`split_existing` does the same for a GPTQ or AWQ model that others made.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
-from torch import Tensor
 
 from pipeline import __version__
 from pipeline.checkpoint.header import read_header
@@ -26,7 +23,8 @@ from pipeline.checkpoint.index import INDEX_NAME, build_index
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.seal import recipe_digests, with_digest
 from pipeline.checkpoint.shard_map import MAP_NAME, LayerExperts, MappedFile, build_shard_map
-from pipeline.checkpoint.split import experts_file, plan_split
+from pipeline.checkpoint.split import experts_file
+from pipeline.checkpoint.stored import DTYPES
 from pipeline.checkpoint.sums import read_sums, sealed_files, write_sums
 from pipeline.checkpoint.writer import FileRecord, write_bytes, write_json, write_safetensors
 from pipeline.errors import CheckpointError, OutputError, ResourceError
@@ -42,6 +40,7 @@ from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job, planned
 from pipeline.stages.dequantize import CHECK_UNIT
 from pipeline.stages.formats import module_rules, output_format
+from pipeline.stages.nonexpert import PATTERN, Sizes, write_nonexpert
 from pipeline.stages.side_files import copy_side_files, digest_side_files
 from pipeline.stages.source import as_stored
 from pipeline.stages.texts import text_licences
@@ -50,35 +49,22 @@ from pipeline.stages.units import (
     ORIGINAL_UNIT,
     REFERENCE_FILE,
     REFERENCE_UNIT,
-    dense_file,
     layer_unit,
 )
 from pipeline.workdir import CONVERSION, PEAKS, WorkDirectory
 
 UNIT = "shard"
-NONEXPERT_BYTES = 4 << 30
-"""Largest non-expert shard."""
-
-Sizes = dict[FileRecord, dict[str, int]]
-"""Files, each with its tensors and their bytes."""
 
 
 def jobs(context: Context) -> list[Job]:
     """One unit: it takes seconds, and its last step is the rename."""
-    a = context.architecture
-    experts = tuple(f"{a.layer_prefix(i)}{a.experts}." for i in context.geometry.moe_layers)
-    weights = context.checkpoint.weights
-    dense = 2 * sum(w.elements for n, w in weights.items() if not n.startswith(experts))
-    layers = [*range(context.geometry.layers), None]
+    layers = context.geometry.moe_layers
     return [
         Job(
             "shard",
             UNIT,
-            tuple(dense_file(layer) for layer in layers),
-            ("model-nonexpert-*.safetensors", INDEX_NAME, "config.json", MAP_NAME),
-            bytes_read=dense,
-            bytes_written=dense,
-            host_bytes=min(dense, NONEXPERT_BYTES),
+            (PATTERN, *(experts_file(layer) for layer in layers)),
+            (INDEX_NAME, "config.json", MAP_NAME),
         )
     ]
 
@@ -105,21 +91,12 @@ class Shard:
         if checked is None or len(last) != len(units) or len(layers) != context.geometry.layers:
             raise OutputError(f"{root}: requantize is not finished; run it first")
         records = {r.name: r for m in [*layers, *last] for r in m.outputs}
-        context.progress("gathering the tensors outside the experts")
-        dense = {
-            name: (root / dense_file(i), nbytes)
-            for i in [None, *range(context.geometry.layers)]
-            for name, nbytes in _sizes(root / dense_file(i)).items()
+        context.progress("tables and checksums")
+        nonexpert = {r: _sizes(root / r.name) for n, r in records.items() if fnmatch(n, PATTERN)}
+        experts = {
+            records[experts_file(i)]: (i, _sizes(root / experts_file(i)))
+            for i in context.geometry.moe_layers
         }
-        nbytes = {n: size for n, (_, size) in dense.items()}
-        with ThreadPoolExecutor(1, thread_name_prefix="nonexpert") as beside:
-            written = beside.submit(write_nonexpert, root, nbytes, lambda n: _read(dense[n][0], n))
-            # Headers take a processor while the disk writes.
-            experts = {
-                records[experts_file(i)]: (i, _sizes(root / experts_file(i)))
-                for i in context.geometry.moe_layers
-            }
-            nonexpert = written.result()
         tokens = {m.data["layer"]: m.data.get("tokens") for m in layers}
         sealed = [
             *write_tables(root, self._config(), nonexpert, experts, tokens, context.geometry),
@@ -196,23 +173,6 @@ class Shard:
         return found
 
 
-Read = Callable[[str], Tensor]
-
-
-def write_nonexpert(root: Path, nbytes: Mapping[str, int], read: Read) -> Sizes:
-    """Write the tensors outside the routed experts as shards of at most NONEXPERT_BYTES each.
-
-    `nbytes`: stored bytes of each; `read` gives a tensor by name, one shard's at a time.
-    """
-    for stale in root.glob("model-nonexpert-*.safetensors"):
-        stale.unlink()
-    written: Sizes = {}
-    for shard in plan_split(nbytes, NONEXPERT_BYTES):
-        record = write_safetensors(root / shard.name, {n: read(n) for n in shard.tensors})
-        written[record] = {n: nbytes[n] for n in shard.tensors}
-    return written
-
-
 def seal(root: Path, records: Sequence[FileRecord]) -> None:
     """Write SHA256SUMS; the records spare reading those files again."""
     write_sums(root, {record.name: record.sha256 for record in records})
@@ -253,7 +213,8 @@ def split_existing(model: Path, output: Path, announce: Callable[[str], None]) -
             tensors = {n: checkpoint.read(n) for n, owner in owners.items() if owner == layer}
             record = write_safetensors(work.root / experts_file(layer), tensors)
             experts[record] = (layer, {n: t.nbytes for n, t in tensors.items()})
-        rest = {n: checkpoint.entries[n].nbytes for n, owner in owners.items() if owner is None}
+        outside = [checkpoint.entries[n] for n, owner in owners.items() if owner is None]
+        rest = {entry.name: (DTYPES[entry.dtype], entry.shape) for entry in outside}
         nonexpert = write_nonexpert(work.root, rest, checkpoint.read)
         sealed = write_tables(work.root, checkpoint.config, nonexpert, experts, {}, geometry)
         write_json(work.root / CONVERSION, with_digest({"schema": 1, "kind": "split"}))
@@ -331,12 +292,6 @@ def write_tables(
         write_json(root / INDEX_NAME, build_index(files)),
         write_json(root / MAP_NAME, build_shard_map(mapped, layers, beside)),
     ]
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ at most `SHARE` of the time, at the rate at which the disk was seen to write.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,11 +48,14 @@ class Streams:
         kept = {"calibration": self.calibration, "evaluation": self.evaluation}
         return kept if self.target is None else kept | {"target": self.target}
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """Copies in host memory: the streams themselves are overwritten by the next layer."""
-        return {
-            name: torch.empty_like(t, device="cpu").copy_(t) for name, t in self.tensors().items()
-        }
+    def snapshot(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Copies in host memory: the streams themselves are overwritten by the next layer.
+
+        `into`: an earlier snapshot that is not needed any more.  Memory that has been written to
+        before takes a copy five times as fast as memory that the system has to find first.
+        """
+        copies = into or {n: torch.empty_like(t, device="cpu") for n, t in self.tensors().items()}
+        return {name: copies[name].copy_(t) for name, t in self.tensors().items()}
 
     @property
     def nbytes(self) -> int:

@@ -28,6 +28,7 @@ from pipeline.stages.experts import (
 )
 from pipeline.stages.placement import Placement
 from pipeline.stages.routing import Routed
+from pipeline.threads import use_inside
 
 Pack = Callable[[QuantizedTensor], dict[str, Tensor]]
 
@@ -201,15 +202,10 @@ def _pool(name: str, threads: int | None) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(1, thread_name_prefix=name)
     if threads is not None:
         everywhere = torch.get_num_threads()
-        pool.submit(_use, threads).result()
+        pool.submit(use_inside, threads).result()
         # What a thread sets holds for itself, and for all threads that begin after it.
         torch.set_num_threads(everywhere)
     return pool
-
-
-def _use(threads: int) -> None:
-    torch.get_num_threads()  # a new thread takes the process's number when it first asks
-    torch.set_num_threads(threads)
 
 
 def _own_tiles(jobs: Iterator[TileJob], number: int, count: int) -> Iterator[TileJob]:

@@ -11,6 +11,7 @@ from pipeline.quantize.scaling import EXPONENTS, SEARCH_ROWS
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
 from pipeline.stages.formats import output_format
+from pipeline.stages.nonexpert import PATTERN
 from pipeline.stages.placement import place, stream_tokens
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.texts import planned_windows
@@ -83,15 +84,16 @@ def jobs(context: Context) -> list[Job]:
                 layer=layer,
             )
         )
+    dense = 2 * sum(its.dense_elements for its in (*by_layer, outer))
     logits = 8 * max(TOKENS_PER_BATCH // 4, recipe.validate_.window) * geometry.vocabulary
     listed.append(
         Job(
             stage="requantize",
             unit=REFERENCE_UNIT,
             inputs=tuple(sorted(outer.files)),
-            outputs=(dense_file(None), REFERENCE_FILE),
-            bytes_read=outer.nbytes,
-            bytes_written=2 * outer.dense_elements + 150 * evaluation,
+            outputs=(dense_file(None), REFERENCE_FILE, PATTERN),
+            bytes_read=outer.nbytes + dense,
+            bytes_written=2 * outer.dense_elements + 150 * evaluation + dense,
             half_flops=2.0 * evaluation * geometry.hidden * geometry.vocabulary,
             host_bytes=4 * outer.dense_elements + streams + logits,
         )

@@ -15,7 +15,7 @@ from pipeline import hybrid
 from pipeline.checkpoint.shard_map import read_shard_map
 from pipeline.checkpoint.verify import verify_directory
 from pipeline.errors import CheckpointError, OutputError, ResourceError
-from pipeline.stages import shard
+from pipeline.stages import nonexpert
 from pipeline.stages.shard import split_existing
 
 SIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -152,11 +152,11 @@ def test_never_over_the_model_or_into_it(finished, single):
 
 
 def test_nonexpert_shards_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard, "NONEXPERT_BYTES", 1000)
+    monkeypatch.setattr(nonexpert, "NONEXPERT_BYTES", 1000)
     tensors = {f"model.layers.{i}.x.weight": torch.randn(100) for i in range(7)}
-    nbytes = {name: t.nbytes for name, t in tensors.items()}
+    described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     (tmp_path / "model-nonexpert-00001-of-00009.safetensors").touch()  # of an earlier attempt
-    written = shard.write_nonexpert(tmp_path, nbytes, tensors.__getitem__)
+    written = nonexpert.write_nonexpert(tmp_path, described, tensors.__getitem__)
     assert len(written) == 4
     assert {f.name for f in tmp_path.iterdir()} == {record.name for record in written}
     found = {}

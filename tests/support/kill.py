@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,11 +39,17 @@ def process_context() -> multiprocessing.context.BaseContext:
     return context
 
 
+Moment = int | tuple[str, ...]
+"""A change by its number, or by parts of what describes it."""
+
+
 def run_killed(
-    data: dict[str, Any], text: str, until: str, kill_at: int | None, fresh: bool = False
+    data: dict[str, Any], text: str, until: str, kill_at: Moment | None, fresh: bool = False
 ) -> list[str] | None:
     """Run a recipe up to a stage; SIGKILL comes right before change `kill_at` of the disk.
 
+    Files that are written side by side change the disk in another order every time: what must be
+    a certain change is named by parts of its description, not by its number.
     Returns the changes that were made, as "what path [target]", and None for a run that was killed.
     """
     context = process_context()
@@ -64,15 +71,19 @@ def _convert(
     data: dict[str, Any],
     text: str,
     until: str,
-    kill_at: int | None,
+    kill_at: Moment | None,
     fresh: bool,
 ) -> None:
     changes: list[str] = []
+    lock = threading.Lock()
 
     def changed(function, name, path, *args, **options):
-        if len(changes) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        changes.append(" ".join([name, str(path), *map(str, args)]))
+        change = " ".join([name, str(path), *map(str, args)])
+        with lock:
+            due = isinstance(kill_at, tuple) and all(part in change for part in kill_at)
+            if due or len(changes) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            changes.append(change)
         return function(path, *args, **options)
 
     for owner, name in CHANGES:

@@ -164,7 +164,8 @@ class Bnb4:
         # Thousands of matrices are described alike, but for this one number.
         text = b"%b%b%b" % (data[: offset.start(1)], _STAND_IN, data[offset.end(1) :])
         parts = weight.parts
-        layout = (text, weight.format, *[(p, e.dtype, e.shape) for p, e in parts.items()])
+        kinds = [entry[2:4] for entry in parts.values()]  # type and shape
+        layout = (text, weight.format, *parts, *kinds)
         known = self._described.get(layout)
         if known is None:
             known = self._state(weight, text)
