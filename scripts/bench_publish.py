@@ -220,10 +220,10 @@ def _command(arguments: list[str], variables: dict[str, str], shard_bytes: int |
     from huggingface_hub import constants  # noqa: PLC0415  (in the child, already imported there)
 
     from pipeline.cli import main as requant  # noqa: PLC0415
-    from pipeline.stages import shard  # noqa: PLC0415
+    from pipeline.stages import nonexpert  # noqa: PLC0415
 
     if shard_bytes is not None:  # not a choice of users: files of 4 GiB suit any real model
-        shard.NONEXPERT_BYTES = shard_bytes
+        nonexpert.NONEXPERT_BYTES = shard_bytes
     os.environ |= variables
     constants.HF_HUB_DISABLE_XET = True  # read when it was imported
     log = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""Headers in the form that every writer gives them, taken apart in a few passes over the text.
+"""Headers and indexes in the form that every writer gives them, taken apart in a few passes.
 
 safetensors writes compact JSON of printable ASCII, each tensor as
 
@@ -16,6 +16,7 @@ import math
 import re
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,13 @@ _LEADING_ZERO = re.compile(r"[\[,]0\d")
 
 Table = tuple[list[TensorEntry], dict[str, str], int]
 """Tensors in the order of the header, its metadata, and where its tensors' bytes end."""
+
+
+_INDEX = re.compile(
+    rb'\s*\{\s*"metadata"\s*:\s*(\{[^{}]*\})\s*,'
+    rb'\s*"weight_map"\s*:\s*\{([^{}\\]*)\}\s*\}\s*'
+)
+_SPACE = " \t\n\r"
 
 
 class _Unusual(Exception):
@@ -72,6 +80,32 @@ def parse_canonical(text: bytes, file: str) -> Table | None:
     )
     entries: list[TensorEntry] = list(map(partial(tuple.__new__, TensorEntry), columns))
     return entries, metadata, start + int(ends.max())
+
+
+def parse_index(data: bytes, where: str) -> dict[str, Any] | None:
+    """An index, its metadata and its map of names to names; None as for `parse_canonical`."""
+    found = _INDEX.fullmatch(data)
+    if found is None or not found[2].isascii():
+        return None
+    first, *pieces = found[2].decode("ascii").split('"')
+    names, colons, files, commas = (pieces[i::4] for i in range(4))
+    last = commas.pop() if len(names) == len(commas) else "?"
+    between = {
+        (first, ""),
+        (last, ""),
+        *((c, ":") for c in {*colons}),
+        *((c, ",") for c in {*commas}),
+    }
+    table = dict(zip(names, files, strict=False))
+    if len(table) != len(names) or any(text.strip(_SPACE) != mark for text, mark in between):
+        return None
+    if not "".join((*names, *set(files))).isprintable():
+        return None
+    try:
+        metadata = parse_table(found[1], where)
+    except CheckpointError:
+        return None
+    return {"metadata": metadata, "weight_map": table}
 
 
 def _metadata(text: bytes, file: str) -> tuple[dict[str, str], bytes]:

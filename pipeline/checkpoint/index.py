@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.checkpoint.canonical import parse_index
 from pipeline.checkpoint.stored import TensorEntry
 from pipeline.checkpoint.untrusted import (
     SMALL,
@@ -47,7 +48,9 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
         data = read_limited(resolve_inside(directory, name), name, limits)
     except OSError as error:
         raise CheckpointError(f"{directory}: {name} cannot be read ({error.strerror})") from error
-    return parse_table(data, name, limits)
+    return (parse_index(data, name) if name == INDEX_NAME else None) or parse_table(
+        data, name, limits
+    )
 
 
 def read_layout(directory: Path) -> Layout:

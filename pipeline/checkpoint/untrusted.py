@@ -7,7 +7,7 @@ that a few bytes of it cannot take gigabytes, and so that its names can be print
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,15 @@ def check_tensor_names(names: Collection[str], where: str) -> None:
             raise CheckpointError(f"{where}: '{shown(name)}' is no proper name; refused")
 
 
-def twins(names: Iterable[str]) -> tuple[str, str] | None:
+def twins(names: Collection[str]) -> tuple[str, str] | None:
     """Two names that some file systems and readers take for one: equal but for case."""
-    every = list(names)
-    folded = "\n".join(every).casefold().split("\n")  # letter by letter: no more, no fewer lines
-    if len(set(folded)) == len(set(every)):
+    # Nearly all are ASCII in lower case, and fold to themselves.
+    folded = [name.casefold() for name in names if not (name.isascii() and name.islower())]
+    every = names if isinstance(names, Mapping) else set(names)
+    if len(set(folded)) == len(folded) and not any(fold in every for fold in folded):
         return None
     seen: dict[str, str] = {}
-    for name in every:
+    for name in names:
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             return other, name

@@ -1,14 +1,16 @@
-"""Headers read as columns: the same tensors as by parsing JSON, and nothing that JSON refuses."""
+"""Headers and indexes read as columns: what JSON says, and nothing that JSON refuses."""
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
-from pipeline.checkpoint.canonical import parse_canonical
+from pipeline.checkpoint.canonical import parse_canonical, parse_index
 from pipeline.checkpoint.header import _parse_any
 from pipeline.checkpoint.stored import DTYPES
+from pipeline.checkpoint.untrusted import parse_table
 from pipeline.errors import CheckpointError
 
 ALPHABET = '"{}[],:0123456789 \\/abdhpstyF_.é\n'
@@ -86,3 +88,28 @@ def test_what_json_or_a_check_refuses_is_left_to_them(text: str) -> None:
     assert parse_canonical(text.encode(), "file") is None
     with pytest.raises(CheckpointError):
         _parse_any(text.encode(), "file")
+
+
+def index(rng: random.Random, names: int, indent: int | None) -> str:
+    files = {f"layers.{n}.w": f"model-{rng.randrange(3)}.safetensors" for n in range(names)}
+    return json.dumps({"metadata": {"total_size": 7}, "weight_map": files}, indent=indent)
+
+
+def test_an_index_is_read_as_json_reads_it_or_left_to_it() -> None:
+    rng = random.Random(6)
+    taken = left = 0
+    for number in range(3000):
+        text = list(index(rng, rng.randrange(1, 5), rng.choice([None, 2])))
+        for _ in range(number % 3):
+            at = rng.randrange(len(text))
+            text[at : at + rng.randrange(2)] = rng.choice(ALPHABET)
+        changed = "".join(text).encode()
+        found = parse_index(changed, "index")
+        if found is None:
+            left += 1
+            assert number % 3
+        else:
+            taken += 1
+            assert found == parse_table(changed, "index")
+    assert taken > 1000
+    assert left > 100
