@@ -244,7 +244,7 @@ def test_validate(output, cli, tmp_path):
         assert report[key] == before[key]
     assert report["placement"]["device_memory_limit"] == 4 << 30
     assert report["placement"]["use"] == {"0": {"cpu": 1.0}, "1": {"cpu": 1.0}}
-    assert report["question"]["placement"] == report["placement"]["request"] == "cpu"
+    assert report["question"]["placement"] == report["placement"]["request"] == "auto"
     assert cli("verify", output).code == 0  # a new report breaks no seal
 
 

@@ -40,7 +40,7 @@ def revalidate(
     device_memory: str,
     announce: Callable[[str], None],
     *,
-    placement: str = "cpu",
+    placement: str = "auto",
     native: bool = True,
     threads: int | None = None,
     keep: bool = True,

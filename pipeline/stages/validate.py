@@ -164,7 +164,7 @@ def validate_model(
     *,
     device_memory: int,
     thresholds: Mapping[str, float | None],
-    placement: str = "cpu",
+    placement: str = "auto",
     native: bool = True,
     reference: Reference | None = None,
     original: tuple[str, Reference] | None = None,
@@ -255,7 +255,7 @@ def machine() -> dict[str, Any]:
 
 
 def _question(
-    model: Path, device_memory: int, placement: str = "cpu", native: bool = True
+    model: Path, device_memory: int, placement: str = "auto", native: bool = True
 ) -> dict[str, Any]:
     """What was measured on what: equal questions need no second measurement."""
     sums = model / "SHA256SUMS"

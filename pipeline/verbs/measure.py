@@ -22,7 +22,7 @@ def validate(
         Path | None, typer.Option(help="original of the source, to measure against as well")
     ] = None,
     device_memory: Memory = "10GiB",
-    placement: Placement = "cpu",
+    placement: Placement = "auto",
     native: Native = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="copy of the report")] = None,
 ) -> None:
@@ -33,7 +33,7 @@ def validate(
       requant validate out/demo
       requant validate out/demo --source tests/models/qwen3-next-tiny-nf4 --text my.txt
       requant validate out/demo --reference models/Qwen3-Next-80B-A3B-Instruct
-      requant validate out/demo --placement auto
+      requant validate out/demo --placement cpu
     """
     from pipeline.checkpoint.writer import write_json
     from pipeline.hub.cache import refuse_hub_cache
