@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.collection import collection_paused
 from pipeline.verbs.common import HubModel, Json, Model, RecipeFile, Set, announce, app, finish
 
 
@@ -66,10 +67,11 @@ def plan(recipe: RecipeFile, overrides: Set = None, as_json: Json = False) -> No
       requant plan recipes/demo.yaml
       requant plan recipes/qwen3-next-80b-gptq.yaml --set requantize.group_size=32 --json
     """
-    from pipeline.plan import as_dict
-    from pipeline.recipe import load_recipe
-    from pipeline.report.tables import plan_table, plan_verdict, show
-    from pipeline.run import survey
+    with collection_paused():
+        from pipeline.plan import as_dict
+        from pipeline.recipe import load_recipe
+        from pipeline.report.tables import plan_table, plan_verdict, show
+        from pipeline.run import survey
 
     made = survey(*load_recipe(recipe, overrides or []))
     if as_json:
@@ -101,9 +103,10 @@ def run(
       requant run recipes/qwen3-next-80b-gptq.yaml --until shard
       requant run recipes/demo.yaml --set output.path=out/g32 --set requantize.group_size=32
     """
-    from pipeline.recipe import load_recipe
-    from pipeline.report.build import PAGE_FILE, REPORT_FILE, existing_report
-    from pipeline.run import run as execute
+    with collection_paused():
+        from pipeline.recipe import load_recipe
+        from pipeline.report.build import PAGE_FILE, REPORT_FILE, existing_report
+        from pipeline.run import run as execute
 
     wanted, text = load_recipe(recipe, overrides or [])
     context = execute(

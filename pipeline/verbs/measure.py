@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.collection import collection_paused
 from pipeline.errors import CheckpointError, OutputError
 from pipeline.verbs.common import Json, Memory, Model, Native, Placement, announce, app, finish
 
@@ -35,9 +36,10 @@ def validate(
       requant validate out/demo --reference models/Qwen3-Next-80B-A3B-Instruct
       requant validate out/demo --placement cpu
     """
-    from pipeline.checkpoint.writer import write_json
-    from pipeline.hub.cache import refuse_hub_cache
-    from pipeline.stages.revalidate import revalidate
+    with collection_paused():
+        from pipeline.checkpoint.writer import write_json
+        from pipeline.hub.cache import refuse_hub_cache
+        from pipeline.stages.revalidate import revalidate
 
     if json_file is not None:
         refuse_hub_cache(json_file)
@@ -86,9 +88,10 @@ def verify(model: Model, as_json: Json = False) -> None:
       requant verify out/demo
       requant verify out/demo --json
     """
-    from pipeline.checkpoint.seal import edited_card
-    from pipeline.progress import announce_rarely
-    from pipeline.stages.verify import verify_model
+    with collection_paused():
+        from pipeline.checkpoint.seal import edited_card
+        from pipeline.progress import announce_rarely
+        from pipeline.stages.verify import verify_model
 
     if not model.is_dir():
         raise CheckpointError(f"{model} is not a directory")
