@@ -5,6 +5,7 @@ Everything here takes pairs (token, expert) in expert order, as `routed_hessians
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pipeline.quantize.backend import solver_backend
 
 
 def grouped_product(x_sorted: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
@@ -75,19 +78,59 @@ class Turns:
         table = torch.bincount(key, minlength=chunks * most).view(chunks, most).tolist()
         return cls(rows, place, pairs, tuple(tuple(counts) for counts in table))
 
+    def add(self, total: Tensor, number: int, start: int, values: Tensor, weights: Tensor) -> None:
+        """Add a chunk's weighted values to `total` float32 [U, out], a row for each of `rows`.
 
-def add_in_turns(
-    total: Tensor, turns: Turns, number: int, start: int, values: Tensor, weights: Tensor
-) -> None:
-    """Add a chunk's weighted values to `total` float32 [U, out], the rows of `turns.rows`.
+        `number`: of the chunk, whose first pair is `start`; `values` [n, out], `weights` float32
+        [n].
+        """
+        position = start
+        for count in self.counts[number]:
+            pairs = self.pairs[position : position + count]
+            position += count
+            chosen = pairs - start
+            part = values.index_select(0, chosen).float()
+            part *= weights.index_select(0, chosen).unsqueeze(1)
+            total.index_add_(0, self.place.index_select(0, pairs), part)
 
-    `number`: of the chunk, whose first pair is `start`; `values` [n, out], `weights` float32 [n].
-    """
-    position = start
-    for count in turns.counts[number]:
-        pairs = turns.pairs[position : position + count]
-        position += count
-        chosen = pairs - start
-        part = values.index_select(0, chosen).float()
-        part *= weights.index_select(0, chosen).unsqueeze(1)
-        total.index_add_(0, turns.place.index_select(0, pairs), part)
+
+@dataclass(frozen=True)
+class Runs:
+    """The same sums, in the same order, for a kernel that walks along each token's pairs."""
+
+    rows: Tensor
+    """int64 [U]: the tokens that occur, rising."""
+    pairs: Tensor
+    """int64 [S]: the pairs by chunk, token, and their own order."""
+    starts: Tensor
+    """int64 [chunks * U + 1]: where each chunk's pairs of each token begin among `pairs`."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, chunk: int) -> Runs:
+        """As `Turns.of`."""
+        rows, place = torch.unique(tokens, return_inverse=True)
+        chunks = -(-len(tokens) // chunk)
+        key = torch.arange(len(tokens), device=tokens.device) // chunk * len(rows) + place
+        key, pairs = torch.sort(key, stable=True)
+        wanted = torch.arange(chunks * len(rows) + 1, device=tokens.device)
+        return cls(rows, pairs, torch.searchsorted(key, wanted))
+
+    def add(self, total: Tensor, number: int, start: int, values: Tensor, weights: Tensor) -> None:
+        """As `Turns.add`."""
+        kernels = importlib.import_module("pipeline.quantize.triton_routed")
+        starts = self.starts[number * len(self.rows) :]
+        kernels.add_pairs(total, values, weights, self.pairs, starts, start)
+
+
+def token_sums(tokens: Tensor, chunk: int) -> Turns | Runs:
+    """How to add the values of pairs of the given tokens int64 [S], `chunk` pairs at a time."""
+    kind: type[Turns | Runs] = Runs if solver_backend(tokens.device) == "triton" else Turns
+    return kind.of(tokens, chunk)
+
+
+def add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
+    """total[rows[i]] += values[i], float32 [., out]; `rows`: int64, none of them twice."""
+    if solver_backend(total.device) == "triton":
+        importlib.import_module("pipeline.quantize.triton_routed").add_rows(total, rows, values)
+    else:
+        total.index_add_(0, rows, values)

@@ -27,7 +27,7 @@ from pipeline.quantize.hessian import (
     shrink,
 )
 from pipeline.quantize.options import SolverOptions
-from pipeline.quantize.routed import Turns, add_in_turns, grouped_product
+from pipeline.quantize.routed import add_rows, grouped_product, token_sums
 from pipeline.quantize.scaling import best_scales, candidate_scales, scale_losses
 from pipeline.quantize.solved import Quantizer, Solved
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -137,7 +137,7 @@ class TileOutput:
 
         Tiles are to be added in their order: the sum has one order then, whoever computed them.
         """
-        total.index_add_(0, self.rows.to(total.device), self.values.to(total.device))
+        add_rows(total, self.rows.to(total.device), self.values.to(total.device))
 
 
 @dataclass(frozen=True)
@@ -178,16 +178,16 @@ def tile_output(job: TileSource, tile: DenseTile, routed: Routed) -> TileOutput:
     tokens = routed.tokens[base:stop].to(job.device)
     weights = routed.weights[base:stop].to(job.device)
     offsets = [o - base for o in routed.offsets[job.experts.start : job.experts.stop + 1]]
-    turns = Turns.of(tokens, CHUNK_PAIRS)
-    values = torch.zeros(len(turns.rows), tile.down.shape[1], device=job.device)
+    sums = token_sums(tokens, CHUNK_PAIRS)
+    values = torch.zeros(len(sums.rows), tile.down.shape[1], device=job.device)
     for number, start in enumerate(range(0, len(tokens), CHUNK_PAIRS)):
         part = slice(start, min(start + CHUNK_PAIRS, len(tokens)))
         inside = [min(max(offset, part.start), part.stop) for offset in offsets]
         hidden = rows_on(job.device, routed.inputs, tokens[part])
         inner = _inner_of(job, hidden, tile.gate_up, inside)
         output = grouped_product(inner, tile.down, inside)
-        add_in_turns(values, turns, number, start, output, weights[part])
-    return TileOutput(turns.rows, values)
+        sums.add(values, number, start, output, weights[part])
+    return TileOutput(sums.rows, values)
 
 
 def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatistics) -> SolvedTile:

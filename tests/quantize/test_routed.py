@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.quantize.correction import routed_drift
-from pipeline.quantize.routed import Turns, add_in_turns, grouped_product
+from pipeline.quantize.routed import Turns, grouped_product, token_sums
 
 CUDA = pytest.param(
     "cuda",
@@ -40,16 +40,16 @@ def test_sums_have_the_order_of_the_pairs(device, chunk):
     tokens = torch.randint(0, 20, (150,), device=device)
     values = torch.randn(150, 6, device=device).bfloat16()
     weights = torch.rand(150, device=device)
-    turns = Turns.of(tokens, chunk)
-    found = torch.zeros(len(turns.rows), 6, device=device)
+    sums = token_sums(tokens, chunk)
+    found = torch.zeros(len(sums.rows), 6, device=device)
     for number, start in enumerate(range(0, 150, chunk)):
         part = slice(start, start + chunk)
-        add_in_turns(found, turns, number, start, values[part], weights[part])
+        sums.add(found, number, start, values[part], weights[part])
     expected = torch.zeros(20, 6, device=device)
     for pair, token in enumerate(tokens.tolist()):
         expected[token] += values[pair].float() * weights[pair]
-    assert torch.equal(turns.rows, tokens.unique())
-    assert torch.equal(found, expected[turns.rows])
+    assert torch.equal(sums.rows, tokens.unique())
+    assert torch.equal(found, expected[sums.rows])
 
 
 def test_no_pairs():
