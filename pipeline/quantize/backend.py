@@ -11,6 +11,9 @@ import torch
 
 Backend = Literal["torch", "triton"]
 
+KERNELS = ("triton_kernels", "triton_columns", "triton_refine", "triton_routed")
+"""Modules of Triton kernels, used together or not at all."""
+
 
 @cache
 def solver_backend(device: torch.device) -> Backend:
@@ -22,8 +25,8 @@ def solver_backend(device: torch.device) -> Backend:
     if device.type != "cuda":
         return "torch"
     try:
-        kernels = importlib.import_module("pipeline.quantize.triton_kernels")
-        kernels.self_test(device)
+        for kernels in KERNELS:
+            importlib.import_module(f"pipeline.quantize.{kernels}").self_test(device)
     except Exception as error:  # whatever is wrong with it, plain torch does the same work
         reason = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"Triton cannot be used, plain torch is slower: {reason}", stacklevel=2)

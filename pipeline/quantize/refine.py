@@ -9,6 +9,8 @@ can make a row's error under the damped Hessian larger.  Both are done in turn b
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -43,10 +45,7 @@ def descend(
     """
     slabs = Slabs(factored.order, grid, backend)
     dense, result = slabs.take(weight), slabs.take(codes)
-    error = dense.clone()
-    for block in slabs.blocks():
-        scale, zero = slabs.grid(block)
-        error[block] -= (result[block] - zero) * scale
+    error = slabs.residual(dense, result)
     diagonal = factored.damped.diagonal(dim1=1, dim2=2)
     for block in slabs.blocks():
         # [E, in, width]: what one unit of each column's error asks of each column of the block.
@@ -55,15 +54,20 @@ def descend(
         pull[:, block].triu_(1)  # the block's own later positions follow as they are visited
         target = dense[block].clone()
         target.permute(1, 0, 2).baddbmm_(pull.transpose(1, 2), error.permute(1, 0, 2))
-        scale, zero = slabs.grid(block)
         error[block] = dense[block]
-        result[block] = slabs.round_block(
-            error[block], target, triangle, scale=scale, zero=zero, top=2**bits - 1
-        )
+        slabs.round_block(block, error[block], target, triangle, result[block], top=2**bits - 1)
     return slabs.put(result)
 
 
-def refit_scales(weight: Tensor, codes: Tensor, hessian: Tensor, added: Tensor, grid: Grid) -> Grid:
+def refit_scales(
+    weight: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    added: Tensor,
+    grid: Grid,
+    *,
+    backend: Backend = "torch",
+) -> Grid:
     """The grid with the scales that fit the codes best under the damped Hessian.
 
     `weight`: float32 [E, out, in]; `codes`: uint8, of the same shape; `hessian`: float32
@@ -71,21 +75,7 @@ def refit_scales(weight: Tensor, codes: Tensor, hessian: Tensor, added: Tensor, 
 
     A row keeps its scales where rounding the better ones to storable numbers would lose the gain.
     """
-    experts, rows, columns = weight.shape
-    groups = grid.scales.shape[-1]
-    width = columns // groups
-    zeros = grid.zeros.float().repeat_interleave(width, -1)
-    centred = codes.float().sub_(zeros)
-    # With Q = sum_g s_g C_g, C_g being the codes of group g and 0 elsewhere, a row's error is
-    # s^T A s - 2 s^T b + constant, A[g, h] = C_g H C_h^T and b[g] = C_g H w^T.
-    normal = torch.empty((experts, rows, groups, groups), device=weight.device)
-    wanted = torch.empty((experts, rows, groups), device=weight.device)
-    for group in range(groups):
-        part = slice(group * width, (group + 1) * width)
-        along = torch.bmm(centred[..., part], hessian[:, part])
-        along[..., part].addcmul_(centred[..., part], added.view(-1, 1, 1))
-        normal[:, :, group] = (along * centred).unflatten(-1, (groups, width)).sum(-1)
-        wanted[:, :, group] = along.mul_(weight).sum(-1)
+    normal, wanted = _normal_equations(weight, codes, hessian, added, grid.zeros, backend)
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     scale = diagonal.amax(-1, keepdim=True)
     # Groups whose codes are all zero have no say; a trace of the diagonal keeps the rest solvable.
@@ -98,6 +88,37 @@ def refit_scales(weight: Tensor, codes: Tensor, hessian: Tensor, added: Tensor, 
     new = storable(torch.where(usable, found, old))
     better = _cost(normal, wanted, new.float()) < _cost(normal, wanted, old)
     return Grid(torch.where(better.unsqueeze(-1), new, grid.scales), grid.zeros)
+
+
+def _normal_equations(
+    weight: Tensor, codes: Tensor, hessian: Tensor, added: Tensor, zeros: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """A float32 [E, out, groups, groups] and b float32 [E, out, groups] of each row's scales.
+
+    With Q = sum_g s_g C_g, C_g being the codes of group g and 0 elsewhere, a row's error is
+    s^T A s - 2 s^T b + constant, A[g, h] = C_g H C_h^T and b[g] = C_g H w^T.
+    """
+    experts, rows, columns = weight.shape
+    groups = zeros.shape[-1]
+    width = columns // groups
+    if backend == "triton":
+        kernels = importlib.import_module("pipeline.quantize.triton_refine")
+        if width in kernels.WIDTHS:
+            found: tuple[Tensor, Tensor] = kernels.normal_equations(
+                weight, codes, hessian, added, zeros
+            )
+            return found
+    spread = zeros.float().repeat_interleave(width, -1)
+    centred = codes.float().sub_(spread)
+    normal = torch.empty((experts, rows, groups, groups), device=weight.device)
+    wanted = torch.empty((experts, rows, groups), device=weight.device)
+    for group in range(groups):
+        part = slice(group * width, (group + 1) * width)
+        along = torch.bmm(centred[..., part], hessian[:, part])
+        along[..., part].addcmul_(centred[..., part], added.view(-1, 1, 1))
+        normal[:, :, group] = (along * centred).unflatten(-1, (groups, width)).sum(-1)
+        wanted[:, :, group] = along.mul_(weight).sum(-1)
+    return normal, wanted
 
 
 def _cost(normal: Tensor, wanted: Tensor, scales: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ Across blocks the sum is one batched product, within a block it is built up colu
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,23 +28,6 @@ BLOCK_COLUMNS: dict[Backend, int] = {"torch": 32, "triton": 128}
 """Columns per block; plain torch updates a block's remainder by one rank at a time."""
 
 
-class RoundBlock(Protocol):
-    """See `_round_block`."""
-
-    def __call__(
-        self,
-        weight: Tensor,
-        target: Tensor,
-        triangle: Tensor,
-        *,
-        scale: Tensor,
-        zero: Tensor,
-        top: int,
-    ) -> Tensor:
-        """Round the columns of one block, last to first."""
-        ...
-
-
 class Slabs:
     """Matrices [E, out, in] in the working layout of the column loops, and their blocks."""
 
@@ -52,25 +36,43 @@ class Slabs:
         self.experts, self.columns = order.shape
         self.rows, groups = grid.scales.shape[-2:]
         reverse = order.flip(-1)  # working position -> stored column, [E, in]
+        self._reverse = reverse
         matrix = torch.arange(self.experts, device=order.device).unsqueeze(1)
-        self._stored = (reverse + matrix * self.columns).t().reshape(-1)  # of [E * in, out]
         self._group = (reverse // (self.columns // groups) + matrix * groups).t().reshape(-1)
         self._scales = _columns_first(grid.scales.float())
         self._zeros = _columns_first(grid.zeros.float())
         self._width = BLOCK_COLUMNS[backend]
-        self.round_block: RoundBlock = _round_block
+        self._kernels: Any = None
         if backend == "triton":
-            self.round_block = importlib.import_module(
-                "pipeline.quantize.triton_kernels"
-            ).round_block
+            self._kernels = importlib.import_module("pipeline.quantize.triton_columns")
+
+    @cached_property
+    def _stored(self) -> Tensor:
+        """Where each slab's columns are among the stored ones: int64 [in * E] of [E * in, out]."""
+        matrix = torch.arange(self.experts, device=self._reverse.device).unsqueeze(1)
+        return (self._reverse + matrix * self.columns).t().reshape(-1)
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """The working position of each stored column, int64 [E, in]."""
+        positions = torch.arange(self.columns, device=self._reverse.device)
+        return torch.empty_like(self._reverse).scatter_(
+            1, self._reverse, positions.expand_as(self._reverse)
+        )
 
     def take(self, stored: Tensor) -> Tensor:
         """[E, out, in] in stored order as [in, E, out] in working order, a copy."""
+        if self._kernels is not None:
+            taken: Tensor = self._kernels.take(stored, self._place)
+            return taken
         slabs = _columns_first(stored).index_select(0, self._stored)
         return slabs.view(self.columns, self.experts, self.rows)
 
     def put(self, slabs: Tensor) -> Tensor:
         """The way back."""
+        if self._kernels is not None:
+            put: Tensor = self._kernels.put(slabs, self._place)
+            return put
         stored = torch.empty_like(slabs).view(-1, self.rows)
         stored.index_copy_(0, self._stored, slabs.view(-1, self.rows))
         stored = stored.view(self.experts, self.columns, self.rows)
@@ -81,7 +83,52 @@ class Slabs:
         stops = range(self.columns, 0, -self._width)
         return [slice(max(0, stop - self._width), stop) for stop in stops]
 
-    def grid(self, block: slice) -> tuple[Tensor, Tensor]:
+    def residual(self, dense: Tensor, codes: Tensor) -> Tensor:
+        """W - Q of slabs, `dense` being W and `codes` uint8."""
+        if self._kernels is not None:
+            found: Tensor = self._kernels.residual(
+                dense, codes, self._scales, self._zeros, self._group
+            )
+            return found
+        error = dense.clone()
+        for block in self.blocks():
+            scale, zero = self._grid(block)
+            error[block] -= (codes[block] - zero) * scale
+        return error
+
+    def round_block(
+        self,
+        block: slice,
+        weight: Tensor,
+        target: Tensor,
+        triangle: Tensor,
+        codes: Tensor,
+        *,
+        top: int,
+    ) -> None:
+        """Round the columns of one block, last to first.
+
+        `weight`, `target` float32 and `codes` uint8 are the block's slabs [columns, E, out];
+        `triangle`, float32 [E, columns, columns], is lower and has a diagonal of 1.  In place,
+        `weight` becomes W - Q and `codes` the codes; `target` is used up.
+        """
+        if self._kernels is not None:
+            pick = self._group[block.start * self.experts : block.stop * self.experts]
+            self._kernels.round_block(
+                weight,
+                target,
+                triangle,
+                codes,
+                scales=self._scales,
+                zeros=self._zeros,
+                pick=pick,
+                top=top,
+            )
+            return
+        scale, zero = self._grid(block)
+        codes.copy_(_round_block(weight, target, triangle, scale=scale, zero=zero, top=top))
+
+    def _grid(self, block: slice) -> tuple[Tensor, Tensor]:
         """Scale and zero of every weight of a block, both float32 [width, E, out]."""
         pick = self._group[block.start * self.experts : block.stop * self.experts]
         shape = (-1, self.experts, self.rows)
@@ -104,11 +151,8 @@ def sweep(weight: Tensor, factored: Factored, grid: Grid, *, bits: int, backend:
         if block.stop < slabs.columns:
             pull = factored.triangle[:, block.stop :, block].transpose(1, 2)
             target.permute(1, 0, 2).baddbmm_(pull, working[block.stop :].permute(1, 0, 2))
-        scale, zero = slabs.grid(block)
         triangle = factored.triangle[:, block, block]
-        codes[block] = slabs.round_block(
-            working[block], target, triangle, scale=scale, zero=zero, top=2**bits - 1
-        )
+        slabs.round_block(block, working[block], target, triangle, codes[block], top=2**bits - 1)
     return slabs.put(codes)
 
 

@@ -1,13 +1,13 @@
-"""Triton kernels for the solver's inner loops and for routed Hessians.
+"""Triton kernels for the search of scales and for routed Hessians.
 
-Each does what the plain torch code beside its caller does (`grid`, `sweep`, `hessian`), in one
+Each does what the plain torch code beside its caller does (`grid`, `hessian`), in one
 launch instead of hundreds.  Results may differ from torch's in the last bit of a sum, hence rarely
 in a code; every sum has one fixed order, so that the same input gives the same bytes.
 """
 
 # Kernels are another language in Python's clothes: their parameters are pointers and scalars that
 # Triton types itself, and they are passed by position.
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_COLUMNS = 128
-"""Columns that `round_block` does in one launch."""
-
-_ROUND_ROWS = 32
-_ROUND_WARPS = 1
 _GRID_ELEMENTS = 2048
 _GRAM_COLUMNS = 128
 _GRAM_TOKENS = 64
 
 
 @triton.jit
-def _round_half_even(x):
+def round_half_even(x):
+    """Rounds as torch does; for other kernels too."""
     # Adding 1.5 * 2^23 leaves no fraction bits; exact for |x| < 2^22, and codes are below 256.
     return (x + 12582912.0) - 12582912.0
 
@@ -85,7 +81,7 @@ def _fit_kernel(
             scale = tl.maximum(tl.div_rn(tl.abs(low), zero), tl.div_rn(high, TOP - zero))
         else:
             scale = tl.div_rn(high - low, tl.full((ROWS,), TOP, tl.float32))
-            zero = _round_half_even(tl.div_rn(-low, tl.maximum(scale, SMALLEST)))
+            zero = round_half_even(tl.div_rn(-low, tl.maximum(scale, SMALLEST)))
             zero = tl.minimum(tl.maximum(zero, 1.0), TOP)
         if step < 0:
             best_scale = scale
@@ -94,7 +90,7 @@ def _fit_kernel(
             scale = tl.maximum(scale, SMALLEST)
             code = tl.div_rn(value, tl.broadcast_to(scale[:, None], (ROWS, GROUP)))
             low_code, high_code = -zero[:, None], TOP - zero[:, None]
-            code = _round_half_even(tl.minimum(tl.maximum(code, low_code), high_code))
+            code = round_half_even(tl.minimum(tl.maximum(code, low_code), high_code))
             along = tl.sum(weighted * code, 1)
             energy = tl.sum(code * code * weight, 1) if WEIGHTED else tl.sum(code * code, 1)
             some = energy > 0
@@ -107,48 +103,6 @@ def _fit_kernel(
     target = (expert * rows + row) * (columns // group) + group_index
     tl.store(scales + target, best_scale * turn, mask=row < rows)
     tl.store(zeros + target, best_zero.to(tl.uint8), mask=row < rows)
-
-
-@triton.jit
-def _round_kernel(
-    weight,
-    target,
-    triangle,
-    scale,
-    zero,
-    codes,
-    size,
-    rows,
-    stride,
-    TOP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """`sweep._round_block` for ROWS rows of one matrix; the block's targets stay in registers."""
-    expert = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    lane = tl.arange(0, BLOCK)
-    slab = expert * rows + row
-    everything = (lane < size)[:, None] & inside[None, :]
-    places = lane.to(tl.int64)[:, None] * stride + slab[None, :]
-    goal = tl.load(target + places, mask=everything, other=0.0)
-    triangle += expert * size * size
-    for back in range(size):
-        column = size - 1 - back
-        place = column.to(tl.int64) * stride + slab
-        wanted = tl.sum(tl.where(lane[:, None] == column, goal, 0.0), 0)
-        s = tl.load(scale + place, mask=inside, other=1.0)
-        z = tl.load(zero + place, mask=inside, other=0.0)
-        dense = tl.load(weight + place, mask=inside, other=0.0)
-        signed = tl.minimum(tl.maximum(tl.div_rn(wanted, s), -z), TOP - z)
-        signed = _round_half_even(signed)
-        error = dense - signed * s
-        tl.store(weight + place, error, mask=inside)
-        tl.store(target + place, wanted - signed * s, mask=inside)
-        tl.store(codes + place, (signed + z).to(tl.uint8), mask=inside)
-        pull = tl.load(triangle + column * size + lane, mask=lane < column, other=0.0)
-        goal += pull[:, None] * error[None, :]
 
 
 @triton.jit
@@ -285,36 +239,6 @@ def fit_groups(
     return scales, zeros
 
 
-def round_block(
-    weight: Tensor,
-    target: Tensor,
-    triangle: Tensor,
-    *,
-    scale: Tensor,
-    zero: Tensor,
-    top: int,
-) -> Tensor:
-    """See `sweep._round_block`: same arguments, same in-place results, same codes."""
-    size, experts, rows = weight.shape
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    _round_kernel[(triton.cdiv(rows, _ROUND_ROWS), experts)](
-        weight,
-        target,
-        triangle.contiguous(),
-        scale,
-        zero,
-        codes,
-        size,
-        rows,
-        experts * rows,
-        TOP=top,
-        BLOCK=BLOCK_COLUMNS,
-        ROWS=_ROUND_ROWS,
-        num_warps=_ROUND_WARPS,
-    )
-    return codes
-
-
 def add_gram(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
     """out[e] += sum over the expert's rows of x x^T; shapes as in `hessian.routed_hessians`.
 
@@ -382,18 +306,7 @@ def self_test(device: torch.device) -> None:
         shrinks=(1.0,),
         smallest=1e-6,
     )
-    weight = x.t().contiguous().unsqueeze(1)
-    one = torch.ones_like(weight)
-    codes = round_block(
-        weight,
-        weight.clone(),
-        torch.eye(4, device=device).unsqueeze(0),
-        scale=one,
-        zero=8 * one,
-        top=15,
-    )
-    expected = x.t().unsqueeze(1) + 8
-    right = torch.equal(out[0], x.t() @ x) and torch.equal(codes.float(), expected)
+    right = torch.equal(out[0], x.t() @ x)
     right &= torch.equal(moved[0], torch.ones_like(x).t() @ x)
     # The second row lies above zero, so its grid is turned around.
     right &= torch.equal(scales.flatten().sign().cpu(), torch.tensor([1.0, -1.0]))

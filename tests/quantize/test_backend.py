@@ -1,6 +1,10 @@
 """Triton kernels against plain torch, on a GPU; and what happens where there is none."""
 
-import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +37,28 @@ def test_kernels_that_do_not_work_are_not_used(monkeypatch):
     with pytest.warns(UserWarning, match="plain torch is slower: no compiler for cuda:7$"):
         assert solver_backend(torch.device("cuda", 7)) == "torch"
     solver_backend.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_under_the_interpreter():
+    """In a process of its own: Triton reads the variable once, when it is imported."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    run = subprocess.run(
+        [sys.executable, str(here / "kernels_check.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.splitlines()[-1] == "sums"
 
 
 @pytest.mark.gpu
@@ -86,4 +112,5 @@ def test_triton_hessians(dtype):
 @pytest.mark.gpu
 @needs_gpu
 def test_kernels_pass_their_own_test():
-    importlib.import_module("pipeline.quantize.triton_kernels").self_test(CUDA)
+    for name in backend_module.KERNELS:
+        importlib.import_module(f"pipeline.quantize.{name}").self_test(CUDA)

@@ -89,7 +89,7 @@ def _solve(
     codes = sweep(weight, factored, grid, bits=scheme.bits, backend=backend)
     for done in range(options.refinement_passes):
         if done and options.scale_search:
-            grid = refit_scales(weight, codes, hessian, factored.added, grid)
+            grid = refit_scales(weight, codes, hessian, factored.added, grid, backend=backend)
         codes = descend(weight, codes, factored, grid, bits=scheme.bits, backend=backend)
     return codes, grid
 
