@@ -61,17 +61,33 @@ class Quantizer(Protocol):
 
 
 _ENERGY_EXPERTS = 32  # matrices per step: bounds the float32 temporary, changes no value
+_ENERGY_COLUMNS = 256
 
 
 def energy(rows: Tensor, hessian: Tensor | None) -> Tensor:
-    """tr(R H R^T), float32 [E], of float32 [E, out, in] and [E, in, in]; None: the identity."""
+    """tr(R H R^T), float32 [E], of float32 [E, out, in] and symmetric [E, in, in]; None: the
+    identity."""
     parts = []
     for start in range(0, rows.shape[0], _ENERGY_EXPERTS):
         part = rows[start : start + _ENERGY_EXPERTS]
-        moment = None if hessian is None else hessian[start : start + _ENERGY_EXPERTS]
-        product = part * part if moment is None else torch.bmm(part, moment).mul_(part)
-        parts.append(product.sum(dim=(1, 2)))
+        if hessian is None:
+            parts.append((part * part).sum(dim=(1, 2)))
+        else:
+            parts.append(_symmetric_energy(part, hessian[start : start + _ENERGY_EXPERTS]))
     return torch.cat(parts)
+
+
+def _symmetric_energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    """Of H only the blocks on and above the diagonal, those above it twice: half the product."""
+    total = torch.zeros(len(rows), device=rows.device)
+    for start in range(0, rows.shape[-1], _ENERGY_COLUMNS):
+        block = slice(start, start + _ENERGY_COLUMNS)
+        own = rows[..., block]
+        product = torch.bmm(own, hessian[:, block, block])
+        if start:
+            product.baddbmm_(rows[..., :start], hessian[:, :start, block], alpha=2)
+        total += product.mul_(own).sum(dim=(1, 2))
+    return total
 
 
 def relative(lost: Tensor, whole: Tensor) -> Tensor:
