@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.errors import NumericalError
 from pipeline.quantize.backend import solver_backend
+from pipeline.quantize.cholesky import solve_from_the_right
 from pipeline.quantize.factor import damped_factor
 from pipeline.quantize.precision import full_float32
 
@@ -61,19 +62,14 @@ def corrected(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     An expert without tokens has no drift and keeps its weight.  Raises NumericalError naming the
     first matrix whose Hessian cannot be factorised at any damping, or whose W' is not finite.
     """
-    columns = hessian.shape[-1]
     level = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
     # A Hessian of zeros goes with a drift of zeros; any positive level serves.
     level = torch.where(level > 0, level * DAMPING, 1.0)
-    damped = hessian + level.view(-1, 1, 1) * torch.eye(columns, device=hessian.device)
+    damped = hessian.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(level.unsqueeze(1))
     with full_float32():
         factor, _ = damped_factor(damped, level, "the Hessian")
-        # Two batched triangular solves: on a GPU cholesky_solve takes five times as long.
-        half = torch.linalg.solve_triangular(
-            factor, (weight.float() @ drift).transpose(1, 2), upper=False
-        )
-        shift = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-        found = weight.float() + shift.transpose(1, 2)
+        found = weight.float() + solve_from_the_right(factor, weight.float() @ drift)
     fine = torch.isfinite(found).flatten(1).all(dim=1)
     if not bool(fine.all()):
         raise NumericalError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import NumericalError
+from pipeline.quantize.cholesky import lower_factor
 
 DAMPING_STEPS = 6
 """Times the damping of a matrix may grow tenfold before it is given up."""
@@ -64,7 +65,7 @@ def damped_factor(damped: Tensor, added: Tensor, what: str) -> tuple[Tensor, Ten
     gets ten times as much, up to `DAMPING_STEPS` times; `damped` and `added` are changed with it.
     Raises NumericalError naming the first matrix that has no factor even so; `what`: it is.
     """
-    factor, info = torch.linalg.cholesky_ex(damped)
+    factor, info = lower_factor(damped)
     # NaN passes some libraries' checks of the pivots.
     failed = (info != 0) | ~torch.isfinite(factor.diagonal(dim1=1, dim2=2)).all(dim=1)
     raised = failed.clone()
@@ -76,7 +77,7 @@ def damped_factor(damped: Tensor, added: Tensor, what: str) -> tuple[Tensor, Ten
         again.diagonal(dim1=1, dim2=2).add_(9 * added[pending].unsqueeze(-1))
         added[pending] *= 10
         damped[pending] = again
-        found, info = torch.linalg.cholesky_ex(again)
+        found, info = lower_factor(again)
         factor[pending] = found
         failed = (info != 0) | ~torch.isfinite(found.diagonal(dim1=1, dim2=2)).all(dim=1)
         pending = pending[failed.nonzero().flatten()]
