@@ -17,6 +17,7 @@ WIDTHS = (16, 32, 64, 128)
 
 _ROWS = 64
 _WARPS = 8
+_STAGES = 1
 
 
 @triton.jit
@@ -97,28 +98,29 @@ def normal_equations(
         WIDTH=columns // groups,
         ROWS=_ROWS,
         num_warps=_WARPS,
-        num_stages=2,
+        num_stages=_STAGES,
     )
     return normal, wanted
 
 
 def self_test(device: torch.device) -> None:
     """ValueError where the kernel gives a wrong result for a few numbers."""
-    moment = torch.arange(1024.0, device=device).view(32, 32) / 7
-    moment = (moment + moment.T).unsqueeze(0)
-    codes = (torch.arange(64, device=device).view(1, 2, 32) % 16).to(torch.uint8)
-    zeros = torch.full((1, 2, 2), 8, dtype=torch.uint8, device=device)
+    columns, width = 256, 128
+    place = torch.arange(columns, device=device)
+    moment = 1 / (1 + (place.unsqueeze(0) - place.unsqueeze(1)).abs()).float().unsqueeze(0)
+    codes = (torch.arange(2 * columns, device=device).view(1, 2, columns) % 13).to(torch.uint8)
+    zeros = torch.full((1, 2, columns // width), 8, dtype=torch.uint8, device=device)
     weight = codes.float() / 3 - 1
-    normal, wanted = normal_equations(weight, codes, moment, moment[0, 0, :1], zeros)
-    split = torch.zeros((1, 2, 2, 2, 16), dtype=torch.float64, device=device)
-    for group in range(2):
-        split[:, :, group, group] = codes.view(1, 2, 2, 16)[:, :, group].double() - 8
-    split = split.flatten(3)
-    damped = moment.double() + moment[0, 0, 0] * torch.eye(32, device=device)
-    along = split @ damped.unsqueeze(1)
-    right = torch.allclose(normal.double(), along @ split.mT, rtol=1e-5)
+    normal, wanted = normal_equations(weight, codes, moment, moment[0, 0, 1:2], zeros)
+    split = codes.double().unsqueeze(2) - 8
+    split = split * (place // width == torch.arange(2, device=device).unsqueeze(1))
+    along = split @ (moment.double() + moment[0, 0, 1] * torch.eye(columns, device=device))
+    right = torch.allclose(normal.double(), along @ split.mT, rtol=1e-4, atol=1e-2)
     right &= torch.allclose(
-        wanted.double(), (along @ weight.double().unsqueeze(-1)).squeeze(-1), rtol=1e-4
+        wanted.double(),
+        (along @ weight.double().unsqueeze(-1)).squeeze(-1),
+        rtol=1e-4,
+        atol=1e-2,
     )
     if not right:
         raise ValueError("the kernel of refitted scales returned wrong numbers")
