@@ -12,16 +12,17 @@ from support.recipes import digests
 from pipeline.checkpoint.pieces import pack_tile, write_experts
 from pipeline.checkpoint.writer import write_safetensors
 from pipeline.errors import OutputError
-from pipeline.stages import placement, requantize, tiles
+from pipeline.stages import output, placement, requantize, tiles
 from pipeline.stages.output import LayerOutput
 from pipeline.stages.streams import SavePolicy
+from pipeline.stages.units import streams_file
 
 
 def _converted(project, name):
     """The digests of a conversion into a directory of its own."""
-    output = project.folder / name
-    project.change(output={"path": str(output)}).run(until="shard")
-    return digests(output)
+    folder = project.folder / name
+    project.change(output={"path": str(folder)}).run(until="shard")
+    return digests(folder)
 
 
 @pytest.mark.parametrize("others", [1, 2])
@@ -160,6 +161,45 @@ def test_layers_without_saved_streams_are_done_again(project, one_thread, cpu_on
     project.run(until="shard")
     assert any("2 of" in line for line in project.said), project.said
     assert digests(project.folder / "resumed") == whole
+
+
+def test_large_streams_are_saved_beside_the_next_layers(project, one_thread, cpu_only, monkeypatch):
+    """By a thread of their own; what is stopped then goes on after the layer saved last."""
+    whole = _converted(project, "whole")
+    monkeypatch.setattr(output, "SMALL_BYTES", 0)
+    threads = {}
+    write = output.OutputWriter.write_file
+
+    def written(self, name, tensors):
+        threads[name] = threading.current_thread().name.partition("_")[0]
+        return write(self, name, tensors)
+
+    monkeypatch.setattr(output.OutputWriter, "write_file", written)
+    project.change(output={"path": str(project.folder / "resumed")})
+    monkeypatch.setattr(requantize.Requantize, "_record_reference", _stopped)
+    with pytest.raises(KeyboardInterrupt):
+        project.run(until="shard")
+    assert threads[streams_file(0)] == threads[streams_file(1)] == "saver"
+    partial = project.folder / "resumed.partial"
+    assert [p.name for p in partial.rglob("streams-*")] == ["streams-001.safetensors"]
+    monkeypatch.undo()
+    project.run(until="shard")
+    assert any("3 of" in line for line in project.said), project.said
+    assert digests(project.folder / "resumed") == whole
+
+
+def test_streams_that_cannot_be_saved_end_the_run(project, one_thread, cpu_only, monkeypatch):
+    monkeypatch.setattr(output, "SMALL_BYTES", 0)
+    write = output.OutputWriter.write_file
+
+    def refused(self, name, tensors):
+        if name == streams_file(0):
+            raise OutputError("no room for the streams")
+        return write(self, name, tensors)
+
+    monkeypatch.setattr(output.OutputWriter, "write_file", refused)
+    with pytest.raises(OutputError, match="no room for the streams"):
+        project.run(until="shard")
 
 
 def _stopped(*_):
