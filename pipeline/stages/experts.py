@@ -149,6 +149,9 @@ class SolvedTile:
     down: QuantizedTensor
     dense: DenseTile
     """The quantised weights, dequantised: what the next layer must see."""
+    inner: Tensor | None
+    """What its gate and up make of the calibration's tokens, bf16 [pairs, inner]; None where
+    nothing asked for it."""
     gate_up_loss: list[float]
     down_loss: list[float]
     effective_rank: list[float]
@@ -172,8 +175,13 @@ def decode_tile(job: TileSource, dtype: torch.dtype = COMPUTE_DTYPE) -> DenseTil
     return DenseTile(torch.cat([gate, up], dim=1), down)
 
 
-def tile_output(job: TileSource, tile: DenseTile, routed: Routed) -> TileOutput:
-    """The weighted sum of the outputs of a tile's experts, for each token routed to it."""
+def tile_output(
+    job: TileSource, tile: DenseTile, routed: Routed, inner: Tensor | None = None
+) -> TileOutput:
+    """The weighted sum of the outputs of a tile's experts, for each token routed to it.
+
+    `inner`: the inputs of down, bf16 [pairs, inner], where they are known already.
+    """
     base, stop = routed.offsets[job.experts.start], routed.offsets[job.experts.stop]
     tokens = routed.tokens[base:stop].to(job.device)
     weights = routed.weights[base:stop].to(job.device)
@@ -183,9 +191,12 @@ def tile_output(job: TileSource, tile: DenseTile, routed: Routed) -> TileOutput:
     for number, start in enumerate(range(0, len(tokens), CHUNK_PAIRS)):
         part = slice(start, min(start + CHUNK_PAIRS, len(tokens)))
         inside = [min(max(offset, part.start), part.stop) for offset in offsets]
-        hidden = rows_on(job.device, routed.inputs, tokens[part])
-        inner = _inner_of(job, hidden, tile.gate_up, inside)
-        output = grouped_product(inner, tile.down, inside)
+        if inner is None:
+            hidden = rows_on(job.device, routed.inputs, tokens[part])
+            between = _inner_of(job, hidden, tile.gate_up, inside)
+        else:
+            between = inner[part]
+        output = grouped_product(between, tile.down, inside)
         sums.add(values, number, start, output, weights[part])
     return TileOutput(sums.rows, values)
 
@@ -222,12 +233,13 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
             wanted = target if layer.scale is None else (target / layer.scale).to(target.dtype)
             drift = routed_drift(wanted, inputs, offsets, emphasis)
             with _named(job, "gate and up"):
-                weight = corrected(weight, hessian, drift / _share(counts, strength, job.device))
+                drift /= _share(counts, strength, job.device)
+                weight = corrected(weight, hessian, drift)
     solved = _quantize(job, "gate and up", weight, hessian)
     gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
     del hessian, weight
 
-    weight, down_hessian = _down_problem(
+    weight, down_hessian, between = _down_problem(
         job, tile, scaled.down, inputs, target, emphasis, gate_up, folded, offsets, layer
     )
     solved_down = _quantize(job, "down", weight, down_hessian, layer.sensitivity)
@@ -236,6 +248,7 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
         up=solved.quantized.rows(inner, 2 * inner),
         down=solved_down.quantized,
         dense=DenseTile(gate_up, solved_down.quantized.dequantize(COMPUTE_DTYPE)),
+        inner=between,
         gate_up_loss=solved.loss.tolist(),
         down_loss=solved_down.loss.tolist(),
         effective_rank=rank,
@@ -321,25 +334,26 @@ def _down_problem(
     folded: Tensor | None,
     offsets: list[int],
     layer: LayerStatistics,
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and Hessian for down, on what the quantised gate and up make of the tokens.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight and Hessian for down, on what the quantised gate and up make of the tokens: that is
+    the third.
 
     `weight`: down as folded, float32; `folded`: what its inputs were divided by, float32
     [experts, inner].
     """
     if not job.quantizer.needs_hessian:
-        return weight, None
+        return weight, None, None
     actual, hessian = _down_hessian(job, inputs, emphasis, gate_up, offsets, layer)
     if target is not None:
         counts = torch.tensor(offsets).diff()
         wanted = _inner_of(job, target, tile.gate_up, offsets)
         if folded is not None:
             wanted /= folded.repeat_interleave(counts.to(folded.device), dim=0)
-        share = _share(counts, STRENGTH * job.inner, job.device)
         drift = routed_drift(wanted, actual, offsets, emphasis)
+        drift /= _share(counts, STRENGTH * job.inner, job.device)
         with _named(job, "down"):
-            weight = corrected(weight, hessian, drift / share)
-    return weight, hessian
+            weight = corrected(weight, hessian, drift)
+    return weight, hessian, actual
 
 
 def _quantize(

@@ -65,9 +65,8 @@ def place(context: Context) -> Placement:
     inside += ahead * decoded
     if inside > limit or context.retreats == RETREATS:
         return smallest(context)
-    saved = 2 * stream_tokens(context) * context.geometry.hidden
     packed = (BEHIND + ahead) * decoded // 3
-    return Placement(context.device, ahead, BEHIND, inside, saved + packed)
+    return Placement(context.device, ahead, BEHIND, inside, _saved_bytes(context) + packed)
 
 
 def retreat(context: Context) -> bool:
@@ -131,10 +130,20 @@ def threads_inside(context: Context) -> int:
 
 def stream_tokens(context: Context) -> int:
     """Tokens of all streams."""
+    return sum(_tokens_of_streams(context))
+
+
+def _tokens_of_streams(context: Context) -> list[int]:
     recipe = context.recipe.requantize
     corrects = recipe.error_correction and QUANTIZERS[recipe.method].needs_hessian
     calibration = _calibration_tokens(context)
-    return calibration + _evaluation_tokens(context) + (calibration if corrects else 0)
+    return [calibration, _evaluation_tokens(context), *([calibration] if corrects else [])]
+
+
+def _saved_bytes(context: Context) -> int:
+    """The streams' copies in pinned memory, which comes in powers of two."""
+    width = 2 * context.geometry.hidden
+    return sum(1 << (tokens * width - 1).bit_length() for tokens in _tokens_of_streams(context))
 
 
 def _evaluation_tokens(context: Context) -> int:

@@ -180,7 +180,7 @@ class TileCrew:
             dense = reader.take(job)
             source = tuple(self._kept(tile_output(job, dense, routed)) for routed in inputs.source)
             solved = solve_tile(job, dense, inputs.calibration, inputs.statistics)
-            calibration = tile_output(job, solved.dense, inputs.calibration)
+            calibration = tile_output(job, solved.dense, inputs.calibration, solved.inner)
             a = job.architecture
             by_projection = {a.gate: solved.gate, a.up: solved.up, a.down: solved.down}
             packed = pack_tile({name: self._pack(q) for name, q in by_projection.items()})

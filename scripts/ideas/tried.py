@@ -166,7 +166,7 @@ class TokenWeights(Idea):
             weight = corrected(weight, hessian, drift)
         solved = _quantize(job, "gate and up", weight, hessian)
         gate_up = solved.quantized.dequantize(COMPUTE_DTYPE)
-        wanted, moment = _down_problem(
+        wanted, moment, between = _down_problem(
             job, tile, tile.down.float(), inputs, target, inner, gate_up, None, offsets, layer
         )
         down = _quantize(job, "down", wanted, moment, layer.sensitivity)
@@ -175,6 +175,7 @@ class TokenWeights(Idea):
             up=solved.quantized.rows(job.inner, 2 * job.inner),
             down=down.quantized,
             dense=DenseTile(gate_up, down.quantized.dequantize(COMPUTE_DTYPE)),
+            inner=between,
             gate_up_loss=solved.loss.tolist(),
             down_loss=down.loss.tolist(),
             effective_rank=[],
