@@ -155,6 +155,7 @@ def _drift_kernel(
     columns,
     HALF: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -166,10 +167,10 @@ def _drift_kernel(
     expert = tl.program_id(2)
     begin = tl.load(offsets + expert).to(tl.int32)
     end = tl.load(offsets + expert + 1).to(tl.int32)
-    lane = tl.arange(0, COLUMNS)
-    i, j = tl.program_id(0) * COLUMNS + lane, tl.program_id(1) * COLUMNS + lane
+    i = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = tl.arange(0, TOKENS)
-    total = tl.zeros((COLUMNS, COLUMNS), tl.float32)
+    total = tl.zeros((LINES, COLUMNS), tl.float32)
     for first in range(begin, end, TOKENS):
         token = first + within
         row = token.to(tl.int64)[:, None] * columns
@@ -282,6 +283,7 @@ def drift(
         columns,
         HALF=half,
         WEIGHTED=weights is not None,
+        LINES=width,
         COLUMNS=width,
         TOKENS=_GRAM_TOKENS if half else 32,
         num_warps=8 if half else 4,
