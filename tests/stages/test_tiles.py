@@ -166,7 +166,6 @@ def test_layers_without_saved_streams_are_done_again(project, one_thread, cpu_on
 def test_large_streams_are_saved_beside_the_next_layers(project, one_thread, cpu_only, monkeypatch):
     """By a thread of their own; what is stopped then goes on after the layer saved last."""
     whole = _converted(project, "whole")
-    monkeypatch.setattr(output, "SMALL_BYTES", 0)
     threads = {}
     write = output.OutputWriter.write_file
 
@@ -189,7 +188,6 @@ def test_large_streams_are_saved_beside_the_next_layers(project, one_thread, cpu
 
 
 def test_streams_that_cannot_be_saved_end_the_run(project, one_thread, cpu_only, monkeypatch):
-    monkeypatch.setattr(output, "SMALL_BYTES", 0)
     write = output.OutputWriter.write_file
 
     def refused(self, name, tensors):
