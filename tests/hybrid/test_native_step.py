@@ -198,6 +198,16 @@ def test_attention(sizes, length, monkeypatch):
                 assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))
 
 
+def test_a_mask_of_another_length_is_refused(monkeypatch):
+    _use(monkeypatch, FOUND)
+    config = _config(layer_types=["full_attention"])
+    own = _native(_random(plain.Qwen3NextAttention(config, 0)), qwen3_next.Attention)
+    rotary = (torch.ones(1, 1, 8).bfloat16(),) * 2
+    mask = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="a mask of 2 for 1 keys"):
+        own(_inputs(1, config), rotary, mask, DynamicCache(config=config))
+
+
 def test_attention_to_masked_rubbish(monkeypatch):
     """What is masked may be anything, and nothing of it shows."""
     _use(monkeypatch, FOUND)

@@ -123,7 +123,7 @@ class DeltaNet(plain.Qwen3NextGatedDeltaNet):
             return None
         window = cache.get_conv_state(self.layer_idx, state_idx=0)
         memory = cache.get_recurrent_state(self.layer_idx, state_idx=0)
-        if window is None or memory is None or len(window) != len(x):
+        if window is None or memory is None or not len(window) == len(memory) == len(x):
             return None
         fits = window.dtype == torch.bfloat16 and memory.dtype == torch.float32
         fits = fits and window.is_contiguous() and memory.is_contiguous()
@@ -143,7 +143,9 @@ class Attention(plain.Qwen3NextAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, n, hidden] -> the same, and no weights; the cache grows."""
         library = _kernels(hidden_states, self.q_norm.weight, of=self)
-        if library is None or not self._takes(hidden_states, attention_mask, past_key_values):
+        if library is None or not self._takes(
+            hidden_states, position_embeddings, attention_mask, past_key_values
+        ):
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **others
             )
@@ -167,11 +169,20 @@ class Attention(plain.Qwen3NextAttention):
         keys, values = cache.update(keys, values, self.layer_idx)
         if keys.stride() != values.stride() or keys.stride(-1) != 1:
             keys, values = keys.contiguous(), values.contiguous()
+        if mask is not None and mask.shape[-1] != keys.shape[2]:
+            raise ValueError(f"a mask of {mask.shape[-1]} for {keys.shape[2]} keys")
         return keys, values, None if mask is None else mask[:, 0, 0].contiguous()
 
-    def _takes(self, x: Tensor, mask: Tensor | None, cache: Any) -> bool:
+    def _takes(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any
+    ) -> bool:
+        alike = all(
+            t.dtype == torch.bfloat16 and t.is_contiguous() and len(t) in (1, len(x))
+            for t in rotary
+        )
         return (
-            cache is not None
+            alike
+            and cache is not None
             and x.shape[1] == 1
             and _native((self.q_proj, self.k_proj, self.v_proj))
             and self.head_dim % 16 == 0
@@ -248,7 +259,7 @@ class Layer(plain.Qwen3NextDecoderLayer):
         own: Any = self.self_attn
         norm = self.input_layernorm
         parts = own, norm, own.q_norm, own.k_norm, own.q_proj, own.k_proj, own.v_proj, own.o_proj
-        fits = own._takes(x, mask, cache) and _native((own.o_proj,))
+        fits = own._takes(x, rotary, mask, cache) and _native((own.o_proj,))
         if not fits or _watched(*parts):
             return None
         tokens, size = len(x), own.head_dim
