@@ -13,7 +13,7 @@ typedef struct {
     Parallel parallel;
 } How;
 
-/* Weights and sizes of a DeltaNet half; `steps/qwen3_next.py` fills these as 64-bit numbers. */
+/* Weights and sizes of a DeltaNet half; `steps/qwen3_next.py` fills these with 64-bit numbers. */
 typedef struct {
     const uint16_t *norm, *wide, *narrow, *convolution, *a_log, *dt_bias, *own_norm, *out;
     int64_t hidden, key_heads, ratio, key_size, value_size, taps;
@@ -26,8 +26,6 @@ typedef struct {
 
 typedef struct {
     const uint16_t *norm, *router, *gate, *up, *opening, *down;
-    const int64_t *sizes; /* of the routed experts, and their records */
-    const uint64_t *records;
     int64_t hidden, experts, shared, chosen, normalise;
 } SparseHalf;
 
@@ -116,8 +114,8 @@ int requant_attention_half(const AttentionHalf *half, const uint16_t *x, const u
 }
 
 /* out [tokens, hidden] = x + routed and shared experts of its norm; see `requant_experts`. */
-int requant_sparse_half(const SparseHalf *half, const uint16_t *x, uint16_t *out, int64_t tokens,
-                        float eps, const How *how)
+int requant_sparse_half(const SparseHalf *half, const int64_t *sizes, const uint64_t *records,
+                        const uint16_t *x, uint16_t *out, int64_t tokens, float eps, const How *how)
 {
     int kernel = (int)how->kernel;
     int64_t hidden = half->hidden, shared = half->shared, chosen = half->chosen;
@@ -137,7 +135,7 @@ int requant_sparse_half(const SparseHalf *half, const uint16_t *x, uint16_t *out
         requant_route(logits, tokens, half->experts, shared, chosen, (int)half->normalise, index,
                       weights, inner, kernel);
         for (int64_t i = 0; i < pairs; i++) shares[i] = widen(weights[i]);
-        failed = requant_experts(half->sizes, half->records, half->experts, normed, index, shares,
+        failed = requant_experts(sizes, records, half->experts, normed, index, shares,
                                  tokens, chosen, sums, kernel, how->threads, how->parallel);
     }
     if (!failed) failed = project(half->down, hidden, shared, inner, tokens, beside, how);

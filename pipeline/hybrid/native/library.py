@@ -18,7 +18,7 @@ from pipeline.hybrid.records import Part
 KINDS = ("plain C", "AVX2", "AVX512 VNNI")
 """By the numbers of `requant_best` in layer.c."""
 
-_VERSION = 3
+_VERSION = 4
 """Of `requant_version` in layer.c: an older library would be called with arguments not its own."""
 
 _MAX_GROUPS = 2048
@@ -93,7 +93,7 @@ _ARGUMENTS = {
     "delta_half": "pppppnffp",
     "attention_opening": "pppp nnn ff ppp p",
     "attention_half": "pppppp nnn pnf p n p",
-    "sparse_half": "pppnfp",
+    "sparse_half": "pp ppp nfp",
     "large_pages": "pn",
 }
 """What each function takes, by the letters of _TYPES."""

@@ -21,7 +21,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next as plain
 from pipeline.hybrid.native import step
 from pipeline.hybrid.native.dense import FEW, NativeLinear, side_by_side
 from pipeline.hybrid.native.experts import NativeExperts
-from pipeline.hybrid.native.library import Library, find, numbers
+from pipeline.hybrid.native.library import Library, find
+from pipeline.hybrid.native.plan import Plan
 from pipeline.hybrid.native.steps import MODULES
 
 
@@ -89,7 +90,8 @@ class DeltaNet(plain.Qwen3NextGatedDeltaNet):
     ) -> Tensor:
         """[B, n, hidden] -> the same; the cache's states move on."""
         library = _kernels(hidden_states, self.A_log, of=self)
-        states = None if library is None else self._states(hidden_states, cache_params)
+        fits = library is not None and self.computable()
+        states = self.states(hidden_states, cache_params) if fits else None
         packed = others.get("cu_seq_lens_q") is not None
         if library is None or states is None or attention_mask is not None or packed:
             return super().forward(hidden_states, cache_params, attention_mask, **others)
@@ -106,20 +108,9 @@ class DeltaNet(plain.Qwen3NextGatedDeltaNet):
         )
         return self.out_proj(out).unsqueeze(1)
 
-    def _states(self, x: Tensor, cache: Any) -> tuple[Tensor, Tensor] | None:
+    def states(self, x: Tensor, cache: Any) -> tuple[Tensor, Tensor] | None:
         """What the step changes in place, if it is as the kernel wants it."""
-        sizes = self.head_k_dim, self.head_v_dim
-        if (
-            cache is None
-            or x.shape[1] != 1
-            or cache.is_recording_past(self.layer_idx)
-            or any(size % 16 or size > step.SIZES for size in sizes)
-            or self.value_dim // self.num_k_heads > step.VALUES
-            or self.activation != "silu"
-            or self.conv1d.bias is not None
-            or any(p.dtype != torch.bfloat16 for p in (self.A_log, self.dt_bias))
-            or any(p.weight.dtype != torch.bfloat16 for p in (self.conv1d, self.norm))
-        ):
+        if cache is None or x.shape[1] != 1 or cache.is_recording_past(self.layer_idx):
             return None
         window = cache.get_conv_state(self.layer_idx, state_idx=0)
         memory = cache.get_recurrent_state(self.layer_idx, state_idx=0)
@@ -128,6 +119,18 @@ class DeltaNet(plain.Qwen3NextGatedDeltaNet):
         fits = window.dtype == torch.bfloat16 and memory.dtype == torch.float32
         fits = fits and window.is_contiguous() and memory.is_contiguous()
         return (window, memory) if fits and window.is_cpu and memory.is_cpu else None
+
+    def computable(self) -> bool:
+        """Whether its sizes and weights are such as the kernel takes."""
+        sizes = self.head_k_dim, self.head_v_dim
+        weights = self.A_log, self.dt_bias, self.conv1d.weight, self.norm.weight
+        return (
+            all(size % 16 == 0 and size <= step.SIZES for size in sizes)
+            and self.value_dim // self.num_k_heads <= step.VALUES
+            and self.activation == "silu"
+            and self.conv1d.bias is None
+            and all(weight.dtype == torch.bfloat16 for weight in weights)
+        )
 
 
 class Attention(plain.Qwen3NextAttention):
@@ -143,12 +146,9 @@ class Attention(plain.Qwen3NextAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, n, hidden] -> the same, and no weights; the cache grows."""
         library = _kernels(hidden_states, self.q_norm.weight, of=self)
-        if library is None or not self._takes(
-            hidden_states, position_embeddings, attention_mask, past_key_values
-        ):
-            return super().forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **others
-            )
+        given = hidden_states, position_embeddings, attention_mask, past_key_values
+        if library is None or not (self.computable() and self.takes(*given)):
+            return super().forward(*given, **others)
         tokens, size = len(hidden_states), self.head_dim
         x = hidden_states.reshape(tokens, -1)
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -156,11 +156,11 @@ class Attention(plain.Qwen3NextAttention):
         heads = self.q_proj.out_features // (2 * size), self.k_proj.out_features // size
         norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
         query, keys = step.rotate(mixed, heads, norms, position_embeddings, library)
-        keys, values, mask = self._cached(keys.unsqueeze(2), mixed, attention_mask, past_key_values)
+        keys, values, mask = self.cached(keys.unsqueeze(2), mixed, attention_mask, past_key_values)
         out = step.attend(mixed, query, keys, values, mask, self.scaling, library)
         return self.o_proj(out.view(tokens, 1, -1)), None
 
-    def _cached(
+    def cached(
         self, keys: Tensor, mixed: Tensor, mask: Tensor | None, cache: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """All keys and values, these and those of `mixed` among them, and which are seen."""
@@ -173,28 +173,34 @@ class Attention(plain.Qwen3NextAttention):
             raise ValueError(f"a mask of {mask.shape[-1]} for {keys.shape[2]} keys")
         return keys, values, None if mask is None else mask[:, 0, 0].contiguous()
 
-    def _takes(
+    def takes(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any
     ) -> bool:
-        alike = all(
-            t.dtype == torch.bfloat16 and t.is_contiguous() and len(t) in (1, len(x))
-            for t in rotary
-        )
+        """Whether the kernels take such a step."""
         return (
-            alike
-            and cache is not None
+            cache is not None
             and x.shape[1] == 1
-            and _native((self.q_proj, self.k_proj, self.v_proj))
+            and all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in rotary)
+            and len(rotary[0]) in (1, len(x))
+            and self.config._attn_implementation == "sdpa"
+            and (mask is None or (mask.dtype == torch.bool and mask.shape[:3] == (len(x), 1, 1)))
+        )
+
+    def computable(self) -> bool:
+        """Whether its sizes and weights are such as the kernel takes."""
+        return (
+            _native((self.q_proj, self.k_proj, self.v_proj))
             and self.head_dim % 16 == 0
             and self.head_dim <= step.SIZES
             and self.num_key_value_groups <= step.GROUPS
-            and self.config._attn_implementation == "sdpa"
-            and (mask is None or (mask.dtype == torch.bool and mask.shape[:3] == (len(x), 1, 1)))
         )
 
 
 class Layer(plain.Qwen3NextDecoderLayer):
     """A decoder layer: each half in one call where that can be, else by its modules."""
+
+    _mixing: Plan | None = None
+    _thinking: Plan | None = None
 
     def forward(
         self,
@@ -206,9 +212,8 @@ class Layer(plain.Qwen3NextDecoderLayer):
         **others: Any,
     ) -> Tensor:
         """[B, n, hidden] -> the same."""
-        x = hidden_states
-        library = _kernels(x, self.input_layernorm.weight, of=self)
-        mixed = None
+        x, mixed = hidden_states, None
+        library = _kernels(x, x, of=self)
         if library is not None and x.is_contiguous() and x.shape[-1] % 16 == 0:
             if self.block_type == "full_attention":
                 mixed = self._attend(
@@ -225,25 +230,18 @@ class Layer(plain.Qwen3NextDecoderLayer):
 
     def _recall(self, x: Tensor, cache: Any, library: Library) -> Tensor | None:
         """DeltaNet's half; None where it cannot be done in one call."""
-        own: Any = self.linear_attn
-        norm = self.input_layernorm
-        linears = own.in_proj_qkvz, own.in_proj_ba, own.out_proj
-        fits = _native(linears) and not _watched(own, norm, own.norm, *linears)
-        states = own._states(x, cache) if fits else None
-        if states is None:
+        own: Any = self._modules["linear_attn"]
+        plan = self._mixing
+        if plan is None or not plan.holds():
+            plan = self._mixing = _delta_plan(self, own)
+        states = None if plan is None else own.states(x, cache)
+        if plan is None or states is None:
             return None
         window, memory = states
-        half = numbers(
-            *(part.weight.data_ptr() for part in (norm, *linears[:2], own.conv1d)),
-            *(own.A_log.data_ptr(), own.dt_bias.data_ptr()),
-            *(own.norm.weight.data_ptr(), own.out_proj.weight.data_ptr()),
-            *(x.shape[-1], own.num_k_heads, own.num_v_heads // own.num_k_heads),
-            *(own.head_k_dim, own.head_v_dim, window.shape[-1]),
-        )
         out = torch.empty_like(x)
         failed = library.delta_half(
-            *(half, x.data_ptr(), window.data_ptr(), memory.data_ptr(), out.data_ptr(), len(x)),
-            *(norm.eps, own.norm.variance_epsilon, library.how()),
+            *(plan.half, x.data_ptr(), window.data_ptr(), memory.data_ptr(), out.data_ptr()),
+            *(len(x), *plan.eps, library.how()),
         )
         return _unless(failed, out)
 
@@ -256,33 +254,27 @@ class Layer(plain.Qwen3NextDecoderLayer):
         library: Library,
     ) -> Tensor | None:
         """Attention's half."""
-        own: Any = self.self_attn
-        norm = self.input_layernorm
-        parts = own, norm, own.q_norm, own.k_norm, own.q_proj, own.k_proj, own.v_proj, own.o_proj
-        fits = own._takes(x, rotary, mask, cache) and _native((own.o_proj,))
-        if not fits or _watched(*parts):
+        own: Any = self._modules["self_attn"]
+        plan = self._mixing
+        if plan is None or not plan.holds():
+            plan = self._mixing = _attention_plan(self, own)
+        if plan is None or not own.takes(x, rotary, mask, cache):
             return None
-        tokens, size = len(x), own.head_dim
-        heads, key_heads = own.q_proj.out_features // (2 * size), own.k_proj.out_features // size
+        tokens, (_, heads, key_heads, size) = len(x), plan.sizes
         query = x.new_empty((tokens, heads, size))
         keys = x.new_empty((tokens, key_heads, 1, size))
         mixed = x.new_empty((tokens, 2 * (heads + key_heads) * size))
         (cos, sin), how = rotary, library.how()
-        half = numbers(
-            *(part.weight.data_ptr() for part in (norm, own.q_proj, own.k_proj, own.v_proj)),
-            *(part.weight.data_ptr() for part in (own.q_norm, own.k_norm, own.o_proj)),
-            *(x.shape[-1], heads, key_heads, size),
-        )
         failed = library.attention_opening(
-            *(half, x.data_ptr(), cos.data_ptr(), sin.data_ptr()),
-            *(cos.shape[-1] if len(cos) > 1 else 0, cos.shape[-1], tokens, norm.eps),
-            *(own.q_norm.eps, mixed.data_ptr(), query.data_ptr(), keys.data_ptr(), how),
+            *(plan.half, x.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+            *(cos.shape[-1] if len(cos) > 1 else 0, cos.shape[-1], tokens),
+            *(*plan.eps, mixed.data_ptr(), query.data_ptr(), keys.data_ptr(), how),
         )
         _unless(failed, mixed)
-        keys, values, seen = own._cached(keys, mixed, mask, cache)
+        keys, values, seen = own.cached(keys, mixed, mask, cache)
         out = torch.empty_like(x)
         failed = library.attention_half(
-            *(half, x.data_ptr(), mixed.data_ptr(), query.data_ptr(), keys.data_ptr()),
+            *(plan.half, x.data_ptr(), mixed.data_ptr(), query.data_ptr(), keys.data_ptr()),
             *(values.data_ptr(), *keys.stride()[:3], None if seen is None else seen.data_ptr()),
             *(keys.shape[2], own.scaling, out.data_ptr(), tokens, how),
         )
@@ -290,32 +282,65 @@ class Layer(plain.Qwen3NextDecoderLayer):
 
     def _think(self, x: Tensor, library: Library) -> Tensor:
         """The half of experts, or of a dense MLP."""
-        norm: Any = self.post_attention_layernorm
-        block: Any = self.mlp
-        experts: Any = getattr(block, "experts", None)
-        if type(block) is not Sparse or type(experts) is not NativeExperts:
-            return self._plainly(x)
-        gate, shared, opening = block.gate, block.shared_expert, block.shared_expert_gate
-        linears = shared.gate_proj, shared.up_proj, opening, shared.down_proj
-        fits = _native(linears) and _choosable(gate) and type(shared.act_fn) in _SILU
-        if not fits or _watched(block, norm, experts, gate, shared, *linears):
-            return self._plainly(x)
-        half = numbers(
-            *(norm.weight.data_ptr(), gate.weight.data_ptr()),
-            *(linear.weight.data_ptr() for linear in linears),
-            *experts.places,
-            *(x.shape[-1], gate.num_experts, shared.gate_proj.out_features, gate.top_k),
-            gate.norm_topk_prob,
-        )
+        plan = self._thinking
+        if plan is None or not plan.holds():
+            plan = self._thinking = _sparse_plan(self, self.mlp)
+        experts: Any = None if plan is None else self.mlp.experts
+        if plan is None or type(experts) is not NativeExperts or _watched(experts):
+            out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+            return out
         out = torch.empty_like(x)
         failed = library.sparse_half(
-            half, x.data_ptr(), out.data_ptr(), len(x), norm.eps, library.how()
+            *(plan.half, *experts.places, x.data_ptr(), out.data_ptr(), len(x)),
+            *(*plan.eps, library.how()),
         )
         return _unless(failed, out)
 
-    def _plainly(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+
+def _delta_plan(layer: Any, own: Any) -> Plan | None:
+    """In the order of `DeltaHalf`; None where a half cannot be one call."""
+    linears = own.in_proj_qkvz, own.in_proj_ba, own.out_proj
+    if type(own) is not DeltaNet or not (_native(linears) and own.computable()):
+        return None
+    of_own = "in_proj_qkvz.weight in_proj_ba.weight conv1d.weight A_log dt_bias norm.weight"
+    weights = [f"linear_attn.{name}" for name in f"{of_own} out_proj.weight".split()]
+    ratio = own.num_v_heads // own.num_k_heads
+    sizes = own.num_k_heads, ratio, own.head_k_dim, own.head_v_dim, own.conv_kernel_size
+    eps = layer.input_layernorm.eps, own.norm.variance_epsilon
+    return _if_fit(
+        Plan(layer, ["input_layernorm.weight", *weights], (own.hidden_size, *sizes), eps)
+    )
+
+
+def _attention_plan(layer: Any, own: Any) -> Plan | None:
+    """In the order of `AttentionHalf`."""
+    if type(own) is not Attention or not (own.computable() and _native((own.o_proj,))):
+        return None
+    names = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
+    weights = [f"self_attn.{name}.weight" for name in names]
+    size = own.head_dim
+    heads = own.q_proj.out_features // (2 * size), own.k_proj.out_features // size
+    sizes, eps = (own.q_proj.in_features, *heads, size), (layer.input_layernorm.eps, own.q_norm.eps)
+    return _if_fit(Plan(layer, ["input_layernorm.weight", *weights], sizes, eps))
+
+
+def _sparse_plan(layer: Any, block: Any) -> Plan | None:
+    """In the order of `SparseHalf`."""
+    if type(block) is not Sparse:
+        return None
+    gate, shared = block.gate, block.shared_expert
+    linears = shared.gate_proj, shared.up_proj, block.shared_expert_gate, shared.down_proj
+    if not (_native(linears) and _choosable(gate) and type(shared.act_fn) in _SILU):
+        return None
+    names = "shared_expert.gate_proj shared_expert.up_proj shared_expert_gate"
+    weights = [f"mlp.{name}.weight" for name in f"gate {names} shared_expert.down_proj".split()]
+    inner, eps = shared.gate_proj.out_features, (layer.post_attention_layernorm.eps,)
+    sizes = gate.hidden_dim, gate.num_experts, inner, gate.top_k, gate.norm_topk_prob
+    return _if_fit(Plan(layer, ["post_attention_layernorm.weight", *weights], sizes, eps))
+
+
+def _if_fit(plan: Plan) -> Plan | None:
+    return plan if plan.fits and plan.holds() else None
 
 
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
