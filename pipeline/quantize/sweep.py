@@ -157,8 +157,8 @@ def sweep(weight: Tensor, factored: Factored, grid: Grid, *, bits: int, backend:
 
 
 def _columns_first(values: Tensor) -> Tensor:
-    """[E, out, n] as contiguous [E * n, out]."""
-    return values.transpose(1, 2).reshape(-1, values.shape[1])
+    """[E, out, n] as contiguous [E * n, out]; one matrix alone would reshape without a copy."""
+    return values.transpose(1, 2).reshape(-1, values.shape[1]).contiguous()
 
 
 def _round_block(

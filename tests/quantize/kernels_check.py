@@ -41,7 +41,11 @@ def tests_of_their_own():
 
 
 def columns():
-    for experts, out, width, group, symmetric in ((2, 35, 24, 8, True), (1, 9, 140, -1, False)):
+    for experts, out, width, group, symmetric in (
+        (2, 35, 24, 8, True),
+        (1, 9, 140, -1, False),
+        (1, 20, 24, 8, True),  # one matrix of several groups: its grid is a transposed view
+    ):
         weight, hessian = problem(fresh(), experts, out, width)
         grid = fit_grid(weight, AffineScheme(4, group, symmetric), search=True)
         codes = encode(weight, grid, 4)
