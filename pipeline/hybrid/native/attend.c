@@ -9,7 +9,7 @@
 #include "kernel.h"
 #include "numbers.h"
 
-/* Channels of a head, and queries of one key head, at most; library.py refuses more. */
+/* Channels of a head, and queries of one key head, at most; steps/qwen3_next.py keeps to it. */
 #define MOST_SIZE 512
 #define MOST_GROUP 16
 /* Keys that are weighed at once. */

@@ -8,7 +8,7 @@
 #include "kernel.h"
 #include "numbers.h"
 
-/* Channels of a head, and of the values of one key head, at most; library.py refuses more. */
+/* Channels of a head, and of the values of one key head, at most; steps/qwen3_next.py keeps to it. */
 #define MOST_SIZE 512
 #define MOST_VALUES 4096
 /* Bytes of memory that are worth another thread. */

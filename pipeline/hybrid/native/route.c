@@ -4,7 +4,7 @@
 #include "kernel.h"
 #include "numbers.h"
 
-/* Experts, and those chosen for a token, at most; library.py refuses more. */
+/* Experts, and those chosen for a token, at most; steps/qwen3_next.py keeps to it. */
 #define MOST_EXPERTS 4096
 #define MOST_CHOSEN 64
 

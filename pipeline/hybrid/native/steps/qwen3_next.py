@@ -110,13 +110,17 @@ class DeltaNet(plain.Qwen3NextGatedDeltaNet):
 
     def states(self, x: Tensor, cache: Any) -> tuple[Tensor, Tensor] | None:
         """What the step changes in place, if it is as the kernel wants it."""
-        if cache is None or x.shape[1] != 1 or cache.is_recording_past(self.layer_idx):
+        if cache is None or x.shape[1] != 1:
             return None
-        window = cache.get_conv_state(self.layer_idx, state_idx=0)
-        memory = cache.get_recurrent_state(self.layer_idx, state_idx=0)
+        # The layer's own attributes: transformers 5.17 has no getters for them.
+        held = cache.layers[self.layer_idx]
+        if getattr(held, "record_past", False) or not held.has_previous_state[0]:
+            return None
+        window, memory = held.conv_states[0], held.recurrent_states[0]
         if window is None or memory is None or not len(window) == len(memory) == len(x):
             return None
         fits = window.dtype == torch.bfloat16 and memory.dtype == torch.float32
+        fits = fits and window.shape[-1] == self.conv_kernel_size
         fits = fits and window.is_contiguous() and memory.is_contiguous()
         return (window, memory) if fits and window.is_cpu and memory.is_cpu else None
 
