@@ -89,6 +89,8 @@ def parse_index(data: bytes, where: str) -> dict[str, Any] | None:
         return None
     first, *pieces = found[2].decode("ascii").split('"')
     names, colons, files, commas = (pieces[i::4] for i in range(4))
+    if not names:
+        return None
     last = commas.pop() if len(names) == len(commas) else "?"
     between = {
         (first, ""),

@@ -63,7 +63,12 @@ def test_missing_file(tmp_path):
     refused(path, f"{TWO}: not in")
 
 
-@pytest.mark.parametrize("index", ["[", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
+EMPTY = '{"metadata": {}, "weight_map": {}}'
+
+
+@pytest.mark.parametrize(
+    "index", ["[", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', EMPTY]
+)
 def test_malformed_index(tmp_path, index):
     path = write_model(tmp_path, two_files())
     (path / INDEX).write_text(index)
