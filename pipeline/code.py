@@ -13,8 +13,11 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-ROOMS = ("calibration", "checkpoint", "evaluate", "models", "quantize", "stages")
-"""The rooms whose code can change a byte of a result."""
+ROOMS = (
+    *("calibration", "checkpoint", "evaluate", "models", "quantize", "stages"),
+    "hybrid/delta_prefill.py",  # DeltaNet's scan over calibration texts on a GPU
+)
+"""The rooms, and single files of others, whose code can change a byte of a result."""
 
 
 @cache
@@ -27,10 +30,11 @@ def code_digest() -> str:
 
 
 def digest_of(package: Path, rooms: tuple[str, ...]) -> str:
-    """Digest of all Python files below some directories of a package."""
+    """Digest of some Python files of a package, and of all below some of its directories."""
     whole = hashlib.sha256()
     for room in rooms:
-        for path in sorted((package / room).rglob("*.py")):
+        place = package / room
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             whole.update(f"{path.relative_to(package)}\0".encode())
             whole.update(_meaning(path.read_text()).encode() + b"\0")
     return whole.hexdigest()[:16]

@@ -190,14 +190,14 @@ def test_gpu_memory_hardly_depends_on_the_number_of_experts(large, method):
 def test_as_many_tiles_at_once_on_a_cpu_as_have_room(large, roomy):
     torch.set_num_threads(6)
     crews = {}
-    for gib in (64, 24, 17):
+    for gib in (64, 26, 20):
         limits = large.recipe.limits.model_copy(update={"host_memory": gib * GIB})
         recipe = large.recipe.model_copy(update={"limits": limits})
         context = dataclasses.replace(large, recipe=recipe)
         plan(context, BUILDING)  # does not refuse
         crews[gib] = place(context).crew
         assert place(context).threads == 1
-    assert crews[64] == 6 > crews[24] > crews[17] == 1
+    assert crews[64] == 6 > crews[26] > crews[20] == 1
 
 
 def test_tiles_of_wide_experts(large):

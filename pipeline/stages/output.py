@@ -164,7 +164,7 @@ class OutputWriter:
         work.finish(layer_unit(layer), records, end.seconds, end.data)
         if end.streams is not None:
             if self._saved is not None:
-                self._saved.result()  # never more than one set of them in memory, or an error
+                self._saved.result()  # one set at a time is written; an error comes out here
             self._saved = self._saver.submit(self._save, layer, end.streams)
 
     def _save(self, layer: int, streams: Mapping[str, Tensor]) -> None:

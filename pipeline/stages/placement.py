@@ -86,8 +86,9 @@ def smallest(context: Context) -> Placement:
     tile, forward = tile_bytes(context), _forward_bytes(context)
     weighing = _weighing_bytes(context)
     limit = int(context.recipe.limits.host_memory) - RUNTIME_BYTES
+    kept = 2 * context.geometry.hidden * stream_tokens(context)  # a copy that is being saved
     if context.device.type != "cpu":
-        need = streams + decoded // 3
+        need = streams + kept + decoded // 3
         behind = _fitting(limit - need, decoded // 3, BEHIND)
         return Placement(
             home=torch.device("cpu"),
@@ -100,7 +101,7 @@ def smallest(context: Context) -> Placement:
     each = tile + 2 * decoded + 3 * _output_bytes(context)
     # On the host the allocator keeps most of what the forward pass had, in blocks too small to be
     # given back one by one.
-    base = streams + forward
+    base = streams + kept + forward
     threads = torch.get_num_threads()
     inside = threads_inside(context)
     crew = _fitting(limit - base, each, threads // inside)

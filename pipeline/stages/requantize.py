@@ -182,12 +182,12 @@ class Requantize:
             if due:
                 spare = None if self._writer.saving else self._snapshot
                 self._snapshot = streams.snapshot(spare)
+            # Writing goes on beside the next layer's work, so its time is not this unit's.
+            saved = self._snapshot if due else None
+            output.put(LayerEnd(dense, saved, time.monotonic() - started, data))
         except BaseException:
             output.abandon()
             raise
-        # Writing goes on beside the next layer's work, so its time is not this unit's.
-        saved = self._snapshot if due else None
-        output.put(LayerEnd(dense, saved, time.monotonic() - started, data))
         context.progress(f"layer {layer + 1} of {context.geometry.layers} solved")
 
     def _dense_modules(
@@ -370,6 +370,7 @@ class Requantize:
         context = self._context
         tensors = {name: context.checkpoint.load(name) for name in self._stream.outer_names()}
         outer = self._writer.write_file(dense_file(None), tensors)
+        del tensors  # a gigabyte, while files are joined
         self._writer.wait()
         files = [dense_file(layer) for layer in (None, *range(context.geometry.layers))]
         return [outer, *gather_nonexpert(context.work.root, files)]

@@ -28,7 +28,7 @@ def dense_file(layer: int | None) -> str:
 
 
 def streams_file(layer: int) -> str:
-    """Intermediate name of both streams as they leave a layer."""
+    """Intermediate name of the streams as they leave a layer."""
     return f".work/streams-{layer:03d}.safetensors"
 
 
