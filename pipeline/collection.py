@@ -5,6 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
+
+_lock = Lock()
+_pauses: list[bool] = []
+"""Of each pause that is not over: whether searches were on when it began."""
 
 
 @contextmanager
@@ -14,12 +19,21 @@ def collection_paused() -> Iterator[None]:
     It would take four fifths of the time that 440,000 header entries need.  Afterwards they count
     as old, so that the next search does not begin with them.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    with _lock:
+        _pauses.append(gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
-        if enabled:
+        _resume()
+
+
+def _resume() -> None:
+    """The end of a pause; of several, in threads side by side, the last to end counts."""
+    with _lock:
+        enabled = _pauses[0]
+        _pauses.pop()
+        if enabled and not _pauses:
             aside = gc.get_freeze_count()
             gc.freeze()
             if not aside:

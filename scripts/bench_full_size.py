@@ -39,13 +39,13 @@ from make_synthetic_checkpoint import write_checkpoint
 from synthetic_geometries import MODELS
 
 from pipeline.checkpoint.reader import Checkpoint
-from pipeline.checkpoint.verify import verify_directory
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.recipe import parse_recipe
 from pipeline.run import run
 from pipeline.stages.context import Context
+from pipeline.stages.verify import verify_model
 
 ROOT = Path(__file__).parents[1]
 PLACES = {
@@ -143,7 +143,7 @@ def convert(args: argparse.Namespace, source: Path, output: Path) -> dict[str, A
         figures["convert_seconds"] = time.perf_counter() - started
         print(f"converted after {figures['convert_seconds']:.1f} s", flush=True)
         if not args.no_verify:
-            problems = verify_directory(output)
+            problems = verify_model(output)
             for problem in problems[:10]:
                 print(problem)
             figures["verified"] = not problems
@@ -217,7 +217,7 @@ def time_layers(host: HostPeak, begun: float) -> tuple[list[float], dict[str, in
             peaks["device_gib"] = torch.cuda.max_memory_allocated()
             peaks["device_reserved_gib"] = torch.cuda.max_memory_reserved()
         gpu = peaks.get("device_reserved_gib", 0) / 2**30
-        # Short: the lines of two whole runs are to fit into what a remote shell gives back.
+        # Short, as a whole run has 49 of them.
         print(
             f"{job.unit} {times[-1]:.2f} s, {now - begun:.0f} s in all,"
             f" GPU {gpu:.1f}, host {(host.anonymous + host.pinned) / 2**30:.1f} GiB",

@@ -198,9 +198,12 @@ class _Loader:
         need += sum(weight.elements for weight in self.dense) * self.dtype.itemsize
         gib = f"{need / 2**30:.2f} GiB"
         if limit is not None and need > limit:
+            more = " or more"
+            if self.device.type == "cuda":
+                more = " and some 4 GiB for caches, prompts and code, or use device cpu"
             raise ResourceError(
                 f"{self.checkpoint.path}: weights outside the experts need {gib} on the device, "
-                f"device_memory allows {limit / 2**30:.2f} GiB: allow {need:,} bytes or more"
+                f"device_memory allows {limit / 2**30:.2f} GiB: allow {need:,} bytes{more}"
             )
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)

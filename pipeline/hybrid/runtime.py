@@ -73,9 +73,10 @@ def _stream(
     if top_k is not None and (some := _with_any(BOTH, splits)):
         try:
             stream = Stream([split.in_ram for split in some], device, buffers)
-            all_from = _worth(stream, some, top_k)
         except RuntimeError:  # no memory can be pinned for those on their way
             all_from = None
+        else:
+            all_from = _worth(stream, some, top_k)
         if all_from is not None:
             for number, split in enumerate(some):
                 split.stream_from(stream, number, all_from)

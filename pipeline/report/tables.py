@@ -191,7 +191,8 @@ def stats_tables(made: Generated) -> list[Table]:
         "prefill": f"{made.prompt_tokens:,} tokens, {made.prefill_rate:.1f} tokens/s to the first",
         "decode": f"{made.new_tokens:,} tokens, {made.decode_rate:.1f} tokens/s",
     }
-    for road, place, nbytes, calls in by_road(placed["expert_bytes"], made.decode_use):
+    roads = by_road(placed["expert_bytes"], made.decode_use)
+    for road, place, nbytes, calls in roads:
         of_calls = f"; {calls} of the calls in decoding" if calls else ""
         pairs[f"experts, {road}"] = f"{nbytes} ({place}){of_calls}"
     if placed["prompts"]:
@@ -202,7 +203,7 @@ def stats_tables(made: Generated) -> list[Table]:
         sizes = {name: size(nbytes) for name, nbytes in counted.items()}
         whole = {"all": size(sum(counted.values()))}
         tables.append(pairs_table("GPU memory, as counted before loading", sizes | whole))
-    if len(placed["expert_bytes"]) == 1:
+    if len(roads) == 1:
         return tables
     head, rows = by_layer(
         placed["experts"], {"prefill": made.prefill_use, "decode": made.decode_use}
