@@ -112,8 +112,7 @@ class DeltaNet(plain.Qwen3NextGatedDeltaNet):
         """What the step changes in place, if it is as the kernel wants it."""
         if cache is None or x.shape[1] != 1:
             return None
-        # The layer's own attributes: transformers 5.17 has no getters for them.
-        held = cache.layers[self.layer_idx]
+        held = cache.layers[self.layer_idx]  # transformers 5.17 has no getters for what it holds
         if getattr(held, "record_past", False) or not held.has_previous_state[0]:
             return None
         window, memory = held.conv_states[0], held.recurrent_states[0]
@@ -121,8 +120,8 @@ class DeltaNet(plain.Qwen3NextGatedDeltaNet):
             return None
         fits = window.dtype == torch.bfloat16 and memory.dtype == torch.float32
         fits = fits and window.shape[-1] == self.conv_kernel_size
-        fits = fits and window.is_contiguous() and memory.is_contiguous()
-        return (window, memory) if fits and window.is_cpu and memory.is_cpu else None
+        fits = fits and all(state.is_contiguous() and state.is_cpu for state in (window, memory))
+        return (window, memory) if fits else None
 
     def computable(self) -> bool:
         """Whether its sizes and weights are such as the kernel takes."""
