@@ -331,7 +331,7 @@ def test_generate(output, cli):
     assert answer.code == 0, answer.err
     assert float(re.fullmatch(r"(?s).*\n([0-9.]+) tokens/s\n", answer.err)[1]) > 0
     answer_of_a_whole_model = answer.out  # greedy, so the same again
-    told = cli(*arguments, "--stats")
+    told = cli(*arguments, "--stats", "--static")
     assert told.out == answer.out
     for words in ("placement", "prefill", "5 tokens,", "100.00\N{NO-BREAK SPACE}% of the calls"):
         assert words in told.err, told.err

@@ -80,12 +80,13 @@ def stream_text(
     announce: Callable[[str], None] = lambda _line: None,
     count_use: bool = False,
     native: bool = True,
+    follow_use: bool = True,
 ) -> Generated:
     """Write the continuation of `prompt` to `out`.
 
     Greedy, or as the directory's generation_config.json says.  `announce` is told, once the model
     is loaded, what it cannot do as asked; `count_use`: count which roads experts' calls take;
-    `native`: see `hybrid.load`.
+    `native`, `follow_use`: see `hybrid.load`.
     Raises CheckpointError for a tokenizer that is missing or damaged, UserError for an empty
     prompt, and what `load` raises.
     """
@@ -94,7 +95,13 @@ def stream_text(
     ids = torch.tensor([tokenizer.ids(prompt, special=True)], dtype=torch.int64)
     if not ids.numel():
         raise UserError("the prompt has no tokens: give at least a word")
-    loaded = load(path, device_memory=device_memory, placement=placement, native=native)
+    loaded = load(
+        path,
+        device_memory=device_memory,
+        placement=placement,
+        native=native,
+        follow_use=follow_use,
+    )
     placed: dict[str, Any] = loaded.hybrid_placement  # type: ignore[assignment]
     for remark in placed["remarks"]:
         announce(remark)

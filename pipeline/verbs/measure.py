@@ -117,6 +117,12 @@ def generate(
     device_memory: Memory = "10GiB",
     placement: Placement = "auto",
     native: Native = True,
+    follow_use: Annotated[
+        bool,
+        typer.Option(
+            "--follow-use/--static", help="resident experts change with use, or stay as chosen"
+        ),
+    ] = True,
     stats: Annotated[
         bool, typer.Option("--stats", help="tell where experts were and how they were reached")
     ] = False,
@@ -149,6 +155,7 @@ def generate(
         announce=announce,
         count_use=stats,
         native=native,
+        follow_use=follow_use,
     )
     typer.echo(f"\n{made.decode_rate:.1f} tokens/s", err=True)
     if stats:
