@@ -338,6 +338,8 @@ def test_generate(output, cli):
     assert told.err.count("no GPU was found") == (not torch.cuda.is_available())
     answer = cli(*arguments, "--placement", "elsewhere")
     assert answer.code == 2 and '"elsewhere" is no road' in answer.err
+    answer = cli("generate", output / "nowhere", "--prompt", "x")
+    assert answer.code == 2 and "nowhere is not a directory" in answer.err
     answer = cli("generate", output, "--prompt", "")
     assert answer.code == 2 and "prompt" in answer.err
     assert cli(*arguments, "--verify").out == answer_of_a_whole_model

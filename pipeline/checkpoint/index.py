@@ -76,8 +76,10 @@ def read_layout(directory: Path) -> Layout:
 
 def listed_files(weight_map: object) -> list[str]:
     """The files that an index names, sorted; CheckpointError for what no index may say."""
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict):
         raise CheckpointError(f"{INDEX_NAME}: has no weight_map")
+    if not weight_map:
+        raise CheckpointError(f"{INDEX_NAME}: its weight_map is empty")
     check_tensor_names(weight_map, INDEX_NAME)
     if not set(map(type, weight_map.values())) <= {str}:
         tensor = next(name for name, file in weight_map.items() if not isinstance(file, str))

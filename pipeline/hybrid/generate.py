@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from pipeline.calibration import Tokenizer, load_tokenizer
-from pipeline.errors import UserError
+from pipeline.checkpoint.admission import refuse_unfinished
+from pipeline.errors import CheckpointError, UserError
 from pipeline.hybrid.loader import load
 from pipeline.hybrid.use import Shares, UseCounter
 
@@ -91,6 +92,9 @@ def stream_text(
     prompt, and what `load` raises.
     """
     path = Path(model)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory")
+    refuse_unfinished(path)
     tokenizer = load_tokenizer(path)
     ids = torch.tensor([tokenizer.ids(prompt, special=True)], dtype=torch.int64)
     if not ids.numel():

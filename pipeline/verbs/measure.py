@@ -29,6 +29,8 @@ def validate(
 ) -> None:
     """Measure perplexity, KL divergence, top-1 agreement and speed of a model, loaded hybrid.
 
+    Checksums are not looked at: `requant verify` does that.
+
     \b
     Examples:
       requant validate out/demo
@@ -105,7 +107,8 @@ def verify(model: Model, as_json: Json = False) -> None:
             typer.echo(remark)
         for problem in problems:
             typer.echo(str(problem))
-        typer.echo(f"{model}: {'ok' if not problems else f'{len(problems)} problems'}")
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        typer.echo(f"{model}: {count if problems else 'ok'}")
     raise typer.Exit(1 if problems else 0)
 
 
