@@ -203,6 +203,32 @@ def present_parts(
     return found
 
 
+def packed_weights(
+    entries: Mapping[str, TensorEntry],
+    parts: Sequence[str],
+    format_name: str,
+    state_of: Callable[[str, Mapping[str, TensorEntry]], State],
+) -> list[StoredWeight]:
+    """The weights whose codes are a tensor `qweight`, with those of `parts` that are stored.
+
+    `state_of` (module, its parts) judges a module; it is asked once for all that are laid out
+    alike, of which there are thousands.
+    """
+    sound: dict[tuple[tuple[str, str, tuple[int, ...]], ...], State] = {}
+    weights = []
+    for name in entries:
+        if name.endswith(".qweight"):
+            module = name.removesuffix(".qweight")
+            found = present_parts(module, parts, entries)
+            kind = tuple((part, e.dtype, e.shape) for part, e in found.items())
+            state = sound.get(kind)
+            if state is None:
+                state = sound[kind] = state_of(module, found)
+            elements = state.shape[0] * state.shape[1]
+            weights.append(StoredWeight(f"{module}.weight", format_name, found, elements, state))
+    return weights
+
+
 def refuse_loose(entries: Mapping[str, TensorEntry], endings: tuple[str, ...], main: str) -> None:
     """CheckpointError for a tensor of one of these endings whose module has no `main` part."""
     for name, entry in entries.items():

@@ -31,7 +31,7 @@ from pipeline.checkpoint.stored import (
     StoredWeight,
     TensorEntry,
     missing_part,
-    present_parts,
+    packed_weights,
     refuse_loose,
 )
 from pipeline.checkpoint.untrusted import shown
@@ -123,18 +123,7 @@ class Awq:
             raise CheckpointError(
                 f"config.json says AWQ of the layout '{shown(layout, 40)}'; only 'gemm' can be read"
             )
-        sound: dict[tuple[Any, ...], State] = {}
-        weights = []
-        for name in entries:
-            if name.endswith(".qweight"):
-                module = name.removesuffix(".qweight")
-                parts = present_parts(module, PARTS, entries)
-                kind = tuple((part, e.dtype, e.shape) for part, e in parts.items())
-                state = sound.get(kind)
-                if state is None:  # thousands are laid out alike
-                    state = sound[kind] = self._state(module, parts)
-                elements = state.shape[0] * state.shape[1]
-                weights.append(StoredWeight(f"{module}.weight", self.name, parts, elements, state))
+        weights = packed_weights(entries, PARTS, self.name, self._state)
         refuse_loose(entries, (".qzeros", ".scales"), "qweight")
         return weights
 

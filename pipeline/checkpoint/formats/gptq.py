@@ -34,7 +34,7 @@ from pipeline.checkpoint.stored import (
     StoredWeight,
     TensorEntry,
     missing_part,
-    present_parts,
+    packed_weights,
     refuse_loose,
 )
 from pipeline.checkpoint.untrusted import shown
@@ -135,19 +135,11 @@ class Gptq:
         if settings.get("quant_method") != "gptq":
             return []
         version = 2 if settings.get("checkpoint_format") == "gptq_v2" else 1
-        sound: dict[tuple[Any, ...], State] = {}
-        weights = []
-        for name in entries:
-            if name.endswith(".qweight"):
-                module = name.removesuffix(".qweight")
-                parts = present_parts(module, PARTS, entries)
-                kind = tuple((part, e.dtype, e.shape) for part, e in parts.items())
-                state = sound.get(kind)
-                if state is None:  # thousands are laid out alike
-                    state = self._state(module, parts, settings.get("bits"), version)
-                    sound[kind] = state
-                elements = state.shape[0] * state.shape[1]
-                weights.append(StoredWeight(f"{module}.weight", self.name, parts, elements, state))
+        bits = settings.get("bits")
+        weights = packed_weights(
+            *(entries, PARTS, self.name),
+            lambda module, parts: self._state(module, parts, bits, version),
+        )
         refuse_loose(entries, (".qzeros", ".scales", ".g_idx"), "qweight")
         return weights
 

@@ -38,19 +38,8 @@ typedef struct {
     atomic_long next;
 } Job;
 
-#define NAME portable
-#define TARGET
-#define BYTES 16
-#include "attend.h"
-#ifdef X86
-#define NAME avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define BYTES 32
-#include "attend.h"
-#define PICK(function) (kernel ? function##_avx2 : function##_portable)
-#else
-#define PICK(function) ((void)kernel, function##_portable)
-#endif
+#define TEMPLATE "attend.h"
+#include "kinds.h"
 
 static void work(void *argument)
 {

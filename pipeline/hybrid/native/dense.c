@@ -34,16 +34,8 @@ typedef struct {
     atomic_long next;
 } Job;
 
-#define NAME portable
-#define TARGET
-#define BYTES 16
-#include "rows.h"
-#ifdef X86
-#define NAME avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define BYTES 32
-#include "rows.h"
-#endif
+#define TEMPLATE "rows.h"
+#include "kinds.h"
 
 static void work(void *argument)
 {

@@ -8,19 +8,8 @@
 #define MOST_EXPERTS 4096
 #define MOST_CHOSEN 64
 
-#define NAME portable
-#define TARGET
-#define BYTES 16
-#include "route.h"
-#ifdef X86
-#define NAME avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define BYTES 32
-#include "route.h"
-#define PICK(function) (kernel ? function##_avx2 : function##_portable)
-#else
-#define PICK(function) ((void)kernel, function##_portable)
-#endif
+#define TEMPLATE "route.h"
+#include "kinds.h"
 
 /* out [tokens, columns] = x [tokens, columns] normalised by "1 + weight"; columns: a multiple of 16.
  * kernel: see `requant_experts`. */
