@@ -7,10 +7,11 @@ Weights are random, experts packed in place (`hybrid_model.py`); kernels, roads 
 of a loaded model.  Decode is batch 1, its tokens drawn anew for every step, so that calls spread;
 at long contexts the cache is empty but read in full.  GPU memory is printed after every stage,
 beside what the ledger says (`pipeline/hybrid/ledger.py`).
-A placement is a road, parts such as "resident:0.1,zero-copy:0.9", or "follow:0.1": copies of a
-tenth of the zero-copy experts, which follow use.  torch is held to `--device-memory`, less what the
-CUDA context takes.  Figures of fewer layers are also scaled to 48, and said to be.  Below them, as
-the step "peers", is what `hybrid_peers/table.py` times of other runtimes on this machine.
+A placement is a road, parts such as "resident:0.1,zero-copy:0.9", "follow:0.1": copies of a tenth
+of the zero-copy experts, which follow use, or "both:4": zero-copy experts, of which the CPU takes 4
+of each token's calls, on one thread less than there are.  torch is held to `--device-memory`, less
+what the CUDA context takes.  Figures of fewer layers are also scaled to 48, and said to be.  Below
+them, as the step "peers", is what `hybrid_peers/table.py` times of other runtimes on this machine.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from transformers import PreTrainedModel
 
 from pipeline.hybrid.decode import Decoder
 from pipeline.hybrid.ledger import RESIDENT_THREADS, Experts, Ledger, ledger, resident_threads
-from pipeline.hybrid.placing import ROADS, Table
+from pipeline.hybrid.placing import ROADS, Table, fixed
 from pipeline.hybrid.probe import cpu_rate
 from pipeline.hybrid.records import host_memory
 from pipeline.hybrid.residency import Residency
-from pipeline.hybrid.runtime import connect, prompts
+from pipeline.hybrid.runtime import connect, hand_over, prompts
 from pipeline.hybrid.split import SplitExperts
 from pipeline.hybrid.steps.qwen3_next import Sparse
 from pipeline.hybrid.stream import BOTH, NEAR
@@ -110,12 +111,15 @@ def measure(placement: str, args: argparse.Namespace, device: torch.device) -> F
     figures = Figures(placement)
     started = time.perf_counter()
     follow = placement.startswith("follow:")
-    shares: Shares = {"zero-copy": 1.0} if follow else _shares(placement)
+    both = placement.startswith("both:")
+    shares: Shares = {"zero-copy": 1.0} if follow or both else _shares(placement)
     model = build(args.layers, args.experts, device, shares, pinned=not args.unpinned)
     copies = round(float(placement.partition(":")[2]) * args.experts) if follow else 0
     begin = {n: range(copies) for n in range(args.layers)} if follow else None
     top_k = model.config.num_experts_per_tok if device.type == "cuda" else None
     residency = connect(model, begin, top_k=top_k)
+    if device.type == "cuda":
+        hand_over(model, fixed(int(placement.partition(":")[2])) if both else None)
     _wait(device)
     figures.build_seconds = time.perf_counter() - started
     print(f"{placement}: built in {figures.build_seconds:.0f} s", flush=True)
@@ -254,7 +258,8 @@ def _step_seconds(decoder: Decoder, device: torch.device, steps: int) -> float:
 
 
 def _split(decoder: Decoder, device: torch.device, show: bool) -> str:
-    """Milliseconds of one step: experts' kernels, other kernels, and the rest of the wall clock."""
+    """Milliseconds of one step: experts' kernels, waiting for the CPU's after those, other kernels,
+    and the rest of the wall clock."""
     steps = 4
     wall = _step_seconds(decoder, device, 8) * 1e3
     if device.type != "cuda":
@@ -266,13 +271,15 @@ def _split(decoder: Decoder, device: torch.device, show: bool) -> str:
         _wait(device)
     events = recorded.key_averages()
     everything = sum(e.self_device_time_total for e in events) / steps / 1e3
-    experts = sum(
-        e.self_device_time_total for e in events if e.key.startswith(EXPERT_KERNELS)
-    ) / steps / 1e3  # fmt: skip
+    experts, waiting = (
+        sum(e.self_device_time_total for e in events if e.key.startswith(names)) / steps / 1e3
+        for names in (EXPERT_KERNELS, ("_take_kernel",))
+    )
     if show:
         _print_events("decode step", recorded, steps)
     return (
-        f"experts {experts:.2f} + others {everything - experts:.2f} + rest "
+        f"experts {experts:.2f} + waiting {waiting:.2f} + others "
+        f"{everything - experts - waiting:.2f} + rest "
         f"{wall - everything:.2f} = {wall:.2f} ms"
     )
 
@@ -322,6 +329,8 @@ def placement(text: str) -> str:
     """ValueError, which argparse reports, for what is no placement."""
     if text.startswith("follow:"):
         float(text.removeprefix("follow:"))
+    elif text.startswith("both:"):
+        int(text.removeprefix("both:"))
     elif abs(sum(_shares(text).values()) - 1) > 1e-6:
         raise ValueError(text)
     return text

@@ -2,13 +2,15 @@
 
 A step takes the token of each sequence from one buffer, and leaves the logits in another and the
 greedy next token in the first.  It is a chain of device work, cut only where the CPU computes
-experts; on a GPU each piece is captured once and replayed, so that Python launches as many things
-as there are pieces: one where nothing on the CPU takes part.
+experts by torch's products; on a GPU each piece is captured once and replayed, so that Python
+launches as many things as there are pieces: one where the CPU takes no part, or where the device
+calls its threads itself (`handover.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.hybrid.cache import PREFILL_CHUNK, FixedCache
+from pipeline.hybrid.handover import Handover
 from pipeline.hybrid.residency import DECAY, Residency
 from pipeline.hybrid.steps import STEPS, Frame
 
@@ -47,6 +50,9 @@ class Decoder:
         cuda = model.device.type == "cuda"
         self._kernels = cuda if kernels is None else kernels
         self._graphs = cuda if graphs is None else graphs
+        handovers: list[Handover | None] = [getattr(m, "handover", None) for m in model.modules()]
+        self._crew = next((its.crew for its in handovers if its is not None), None)
+        self._calls = 0
         self._halves: list[Any] = []
         self._captured: list[tuple[torch.cuda.CUDAGraph, Host | None]] = []
 
@@ -121,19 +127,24 @@ class Decoder:
     def step(self) -> Tensor:
         """Read `tokens`; logits [T, vocabulary], overwritten by the next step.
 
-        Raises UserError when the buffers are full.
+        Raises UserError when the buffers are full, and what `Crew.check` finds in earlier steps.
         """
         if self.filled >= self.length:
             raise UserError(f"the text has reached {self.length} tokens, for which there is room")
         if not self._halves:
             self._build()
         self.cache.decoding_at(self._position)
+        if self._crew is not None:
+            self._crew.check()
         if not self._graphs:
-            for host in self._pieces():
-                host()
+            with self._awake():
+                for host in self._pieces():
+                    host()
         else:
             if not self._captured:
                 self._capture()
+            if self._crew is not None:
+                self._crew.begin(self._calls)
             for graph, after in self._captured:
                 graph.replay()
                 if after is not None:
@@ -143,6 +154,10 @@ class Decoder:
         self.filled += 1
         self.cache.moved_to(self.filled)
         return self.logits
+
+    def _awake(self) -> AbstractContextManager[None]:
+        """For steps that are not captured."""
+        return nullcontext() if self._crew is None else self._crew.awake()
 
     def _build(self) -> None:
         self._rotary = self._turn()
@@ -175,8 +190,11 @@ class Decoder:
         kept = [state.clone() for state in self.cache.all_states()]
         before = self.tokens.clone(), self._position.clone()
         # On this stream: every other one would get workspaces of its own from cuBLAS, for good.
-        for host in self._pieces():
-            host()
+        served = 0 if self._crew is None else self._crew.served
+        with self._awake():
+            for host in self._pieces():
+                host()
+        self._calls = 0 if self._crew is None else self._crew.served - served
         for state, old in zip(self.cache.all_states(), kept, strict=True):
             state.copy_(old)
         self.tokens.copy_(before[0])

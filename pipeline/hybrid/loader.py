@@ -29,7 +29,7 @@ from pipeline.hybrid.modules import QuantizedLinear
 from pipeline.hybrid.native import dense, steps
 from pipeline.hybrid.native.library import find
 from pipeline.hybrid.places import Machine, Places, find_places
-from pipeline.hybrid.placing import count
+from pipeline.hybrid.placing import count, divided
 from pipeline.hybrid.roads import CHOSEN, kernels_fail, known_use
 from pipeline.hybrid.routed import PinningError, RoutedExperts
 from pipeline.hybrid.stored import to_matrices
@@ -71,9 +71,11 @@ def load(
 
     placement: where experts are computed, see `pipeline.hybrid.placing`: "cpu"; "resident" or
     "zero-copy" (a GPU computes them, from its own or from pinned host memory); parts of each layer
-    such as "resident:0.1,zero-copy:0.5,cpu:0.4"; "auto": zero-copy where there is a GPU and RAM can
-    be pinned, else cpu; "fill": by memory, use and a short measurement, the most used experts
-    resident as far as `device_memory` goes.
+    such as "resident:0.1,zero-copy:0.5,cpu:0.4"; "both": zero-copy, but while decoding the CPU
+    computes a part of every token's calls, as a short measurement says, or "both:3"; "auto":
+    zero-copy where there is a GPU and RAM can be pinned, both where that is measured to be faster,
+    else cpu; "fill": the most used experts resident as far as `device_memory` goes, the others as
+    by "auto".
 
     follow_use: resident experts are copies of zero-copy ones, and change with use while the model
     decodes on a GPU; False: the table stays as it is chosen, for timings that can be repeated.
@@ -173,6 +175,9 @@ class _Loader:
         self.remarks: list[str] = []
         """What is to be said of the roads that were chosen."""
         self._places = Places()
+        self._request = ""
+        self._cpu_calls: int | None = 0
+        self._divided = 0
         self._prompts = ""
         """Beside a GPU, which side computes the CPU's experts for prompts."""
         self._experts = RoutedExperts(
@@ -220,6 +225,13 @@ class _Loader:
 
         need: bytes that the rest takes on the device; limit and host: of device and RAM.
         """
+        self._request = placement
+        placement, self._cpu_calls = divided(placement)
+        missing = find()
+        native = self._native and self.dtype == torch.bfloat16
+        if self._cpu_calls != 0 and (not native or isinstance(missing, str)):
+            why = missing if native else "dtype or native keep it out"
+            raise UserError(f'placement "{self._request}" needs the compiled kernel: {why}')
         machine = Machine(self.device, self.dtype, limit, host, self._follow_use, self._native)
         self._places = find_places(
             placement,
@@ -232,9 +244,8 @@ class _Loader:
             str(self.checkpoint.path),
         )
         self.remarks += self._places.remarks
-        missing = find()
         on_cpu = any("cpu" in roads for roads in self._places.homes.values())
-        if on_cpu and self._native and self.dtype == torch.bfloat16 and isinstance(missing, str):
+        if on_cpu and native and isinstance(missing, str):
             self.remarks.append(f"no native kernel, torch's products compute experts: {missing}")
 
     def _layer_experts(self) -> dict[int, LayerExperts]:
@@ -286,6 +297,10 @@ class _Loader:
             places = self._places
             top_k = self.geometry.top_k if places.visiting else None
             runtime.connect(self.model, places.copies, top_k=top_k, buffers=places.buffers)
+            if self._native:
+                self._divided = runtime.hand_over_as(self.model, self._request, self._cpu_calls)
+                if self._cpu_calls != 0 and not self._divided:
+                    self.remarks.append("decoding leaves the CPU no calls of zero-copy experts")
             if any("cpu" in roads for roads in places.homes.values()):
                 self._prompts = runtime.prompts(self.model) + places.why_not
             torch.cuda.empty_cache()  # what laying out experts took is free for prompts' needs
@@ -299,6 +314,7 @@ class _Loader:
             "bytes": {**self._bytes},
             "experts": {**whole, **mixed},
             "expert_bytes": dict(self._by_road),
+            "cpu_calls": self._divided,
             "prompts": self._prompts,
             "ledger": self._places.ledger.items() if self._places.ledger else {},
             "backends": {kind: dict(counts) for kind, counts in self._backends.items()},

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.hybrid.ledger import Experts, Ledger, ledger, resident_threads
+from pipeline.hybrid.native.library import find
 from pipeline.hybrid.placing import Table, as_copies, by_request
 from pipeline.hybrid.roads import (
     CHOSEN,
@@ -102,7 +103,8 @@ def find_places(
             layer: replace(known, expert_nbytes=experts.layout(layer).nbytes)
             for layer, known in layers.items()
         }
-    found.roads, remarks = choose(placement, layers, machine.device, room, machine.native)
+    dividing = machine.native and machine.dtype == torch.bfloat16 and not isinstance(find(), str)
+    found.roads, remarks = choose(placement, layers, machine.device, room, machine.native, dividing)
     found.remarks += remarks
     found.homes = found.roads
     if machine.follow_use:

@@ -3,11 +3,14 @@
 resident  in GPU memory
 zero-copy in pinned host memory, read over PCIe by the GPU's kernels
 cpu       in host memory, computed by the CPU
+
+The last two can share zero-copy experts: each lies in one layout that both read, so while the model
+decodes, a part of every token's calls goes to the CPU, whichever experts they are (`handover.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,20 +22,81 @@ Table = dict[int, list[Road]]
 ROADS: tuple[Road, ...] = get_args(Road)
 
 
+BOTH = "both"
+"""A request: all zero-copy, and calls divided as measured, or as "both:3" says."""
+
+_BY_KERNELS = 0.88
+"""Of the rate of copies, what kernels reach that read host memory themselves."""
+_THERE_AND_BACK = 25e-6
+"""Seconds from a layer's calls being handed to the CPU to its sums being back, beside computing."""
+_WORTH = 0.9
+"""Of a layer's time over PCIe alone, what both roads together may take at most to be chosen."""
+
+Division = Callable[[int, int], int]
+"""(a token's calls of experts in host memory, tokens) -> how many of them the CPU takes"""
+
+
 @dataclass(frozen=True)
 class Rates:
-    """Bytes per second at which experts in host memory are read."""
+    """Bytes per second at which experts in host memory are read, both roads at once."""
 
     pcie: float
     cpu: float
+    alone: float | None = None
+    """Of PCIe, while the CPU reads nothing; as `pcie` where that is not known."""
 
 
-def by_policy(layers: Mapping[int, LayerExperts], free: int, rates: Rates) -> Table:
+def divide(rates: Rates, nbytes: int) -> Division:
+    """So many calls to the CPU that both roads end at about the same time; nbytes: of an expert."""
+
+    def to_cpu(calls: int, tokens: int) -> int:
+        ends = _ends(rates, nbytes, calls, tokens)
+        return ends.index(min(ends))
+
+    return to_cpu
+
+
+def fixed(calls: int) -> Division:
+    """So many calls of each token to the CPU, or all that there are."""
+    return lambda some, _tokens: min(calls, some)
+
+
+def worth_dividing(rates: Rates, nbytes: int, calls: int) -> bool:
+    """Whether both roads read one token's calls that much sooner than PCIe alone."""
+    alone = calls * nbytes / ((rates.alone or rates.pcie) * _BY_KERNELS)
+    return min(_ends(rates, nbytes, calls, 1)) <= _WORTH * alone
+
+
+def _ends(rates: Rates, nbytes: int, calls: int, tokens: int) -> list[float]:
+    """Seconds until both roads have read a layer's calls, with none, one, two ... on the CPU."""
+    size = nbytes * tokens
+    pcie, cpu = size / (rates.pcie * _BY_KERNELS), size / rates.cpu
+    return [
+        max((calls - some) * pcie, _THERE_AND_BACK + some * cpu if some else 0.0)
+        for some in range(calls + 1)
+    ]
+
+
+def divided(request: str) -> tuple[str, int | None]:
+    """The placement that "both" or "both:3" stands for, and calls of a token for the CPU (None: as
+    measured); UserError for a number that is none.  Other requests have none for it: 0."""
+    name, _, number = request.partition(":")
+    if name != BOTH:
+        return request, 0
+    if not number:
+        return "zero-copy", None
+    if not number.isdecimal():
+        raise UserError(f'placement "{request}": say both, or both:3 for 3 calls of each token')
+    return "zero-copy", int(number)
+
+
+def by_policy(layers: Mapping[int, LayerExperts], free: int, rates: Rates | None) -> Table:
     """The most used experts resident, as `free` bytes of GPU memory allow; the others on the two
     roads from host memory, so that by their use both finish together.
 
     A CPU slower than PCIe gets none: at 24 beside 55 GB/s its part won less than handing it over
-    and waiting for it took in every layer (docs/performance.md).
+    and waiting for it took in every layer (docs/performance.md).  rates None: the CPU gets none, as
+    calls will be divided.
     """
     resident = fill(max(free, 0), layers)
     table: Table = {}
@@ -42,9 +106,15 @@ def by_policy(layers: Mapping[int, LayerExperts], free: int, rates: Rates) -> Ta
         ranked = _ranked(shares)
         for expert in ranked[: resident[layer]]:
             roads[expert] = "resident"
+        rest = ranked[resident[layer] :]
+        if rates is None:
+            for expert in rest:
+                roads[expert] = "zero-copy"
+            table[layer] = roads
+            continue
         load = {"zero-copy": 0.0, "cpu": 0.0}
         speed = {"zero-copy": rates.pcie, "cpu": rates.cpu}
-        for expert in ranked[resident[layer] :]:
+        for expert in rest:
             ends = {road: (load[road] + shares[expert]) / speed[road] for road in load}
             sooner = ends["zero-copy"] <= ends["cpu"] or rates.cpu < rates.pcie
             road: Road = "zero-copy" if sooner else "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -24,23 +24,34 @@ _FEWEST = 16
 """Tokens of a prompt that may be worth bringing all experts for."""
 
 _BESIDE = 0.2
-"""Seconds of copies that run while the CPU is measured; its part takes a tenth of that."""
+"""Seconds of copies that run while the CPU is measured, over and over."""
 
 
+@cache
 def probe(device: torch.device, native: bool = True, nbytes: int = 1 << 27) -> Rates:
-    """Measure copies from pinned memory, and, while such copies run, the CPU's products.
+    """Measure copies from pinned memory, then, side by side, such copies and the CPU's products.
 
-    Both read the same memory, so that the CPU has what the copies leave.  native: see `load`.
+    Both read the same memory, so each has what the other leaves.  native: see `load`.
     """
     pinned = host_memory(nbytes, pin=True)
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)
     work, read = _products(nbytes, native)
+    work()
     seconds = _copying(pinned, target)
-    for _ in range(round(_BESIDE / seconds)):
+    copies = round(_BESIDE / seconds)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(copies):
         target.copy_(pinned, non_blocking=True)
-    cpu = read / _best(work)
+    end.record()
+    started, times = time.perf_counter(), 0
+    while not end.query() or not times:
+        work()
+        times += 1
+    cpu = times * read / (time.perf_counter() - started)
     torch.cuda.synchronize(device)
-    return Rates(pcie=nbytes / seconds, cpu=cpu)
+    beside = copies * nbytes / (begin.elapsed_time(end) / 1e3)
+    return Rates(pcie=beside, cpu=cpu, alone=nbytes / seconds)
 
 
 def link_rate(device: torch.device, *, staged: bool, nbytes: int = 1 << 27) -> float:

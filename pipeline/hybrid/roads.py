@@ -37,10 +37,12 @@ def choose(
     device: torch.device,
     room: int = 0,
     native: bool = True,
+    dividing: bool = False,
 ) -> tuple[Table, list[str]]:
     """The table that `placement` asks for; "auto" and "fill" without a GPU are the CPU for all.
 
-    room: bytes on the device that "fill" may fill; native: see `load`.
+    room: bytes on the device that "fill" may fill; native: see `load`; dividing: the CPU can take a
+    part of zero-copy experts' calls, so that none need be at home there.
     Also returns what is to be said of it: that kernels which were asked for do not work.
     Raises UserError for a request that is unknown or needs a GPU where there is none.
     """
@@ -54,7 +56,9 @@ def choose(
     if reason:
         remark = f"Triton cannot be used, the CPU computes all experts: {reason}"
         return by_request(layers, "cpu"), [remark]
-    return (by_policy(layers, room, probe(device, native)) if placement == "fill" else table), []
+    if placement == "fill":
+        table = by_policy(layers, room, None if dividing else probe(device, native))
+    return table, []
 
 
 def check_device(need: Ledger, device: torch.device, limit: int | None, where: str) -> None:

@@ -1,4 +1,5 @@
-"""What connects a loaded model's layers: prefill's stream, copies that follow use, decoding."""
+"""What connects a loaded model's layers: prefill's stream, copies that follow use, decoding, and
+the threads that decoding calls."""
 
 from __future__ import annotations
 
@@ -9,11 +10,16 @@ from transformers import PreTrainedModel
 
 from pipeline.hybrid import delta_prefill
 from pipeline.hybrid.generation import install
+from pipeline.hybrid.handover import Handover
+from pipeline.hybrid.native.crew import Crew
 from pipeline.hybrid.native.experts import NativeExperts
-from pipeline.hybrid.placing import Road, copies_each
-from pipeline.hybrid.probe import link_rate, tokens_worth
+from pipeline.hybrid.native.library import find, takes, threads
+from pipeline.hybrid.placing import Division, Road, copies_each, divide, fixed, worth_dividing
+from pipeline.hybrid.probe import link_rate, probe, tokens_worth
 from pipeline.hybrid.residency import Residency
+from pipeline.hybrid.roads import CHOSEN
 from pipeline.hybrid.split import SplitExperts
+from pipeline.hybrid.steps import STEPS
 from pipeline.hybrid.stream import BOTH, NEAR, PARTS, Stream
 
 
@@ -55,6 +61,63 @@ def connect(
             delta_prefill.install_in(layer)
     install(model, residency, kernels=kernels)
     return residency
+
+
+def hand_over_as(model: PreTrainedModel, placement: str, cpu_calls: int | None) -> int:
+    """`hand_over` as a placement wants it; "auto" and "fill" divide calls of zero-copy experts
+    where that was measured to be faster.
+
+    cpu_calls: see `placing.divided`.  Returns how many of a token's calls the CPU takes.
+    """
+    calls: int = model.config.num_experts_per_tok
+    splits = [m for m in model.modules() if isinstance(m, SplitExperts)]
+    layouts = {m.layout for m in splits if "zero-copy" in m.device_roads}
+    native = all(takes(part) for k in layouts for part in (k.gate_up, k.down))
+    if not layouts or not native or not _decodes(model):
+        hand_over(model)
+        return 0
+    division = None
+    if cpu_calls is None or placement in CHOSEN:
+        size = max(layout.nbytes for layout in layouts)
+        rates = probe(model.device)
+        if cpu_calls is None or worth_dividing(rates, size, calls):
+            division = divide(rates, size)
+    elif cpu_calls:
+        division = fixed(cpu_calls)
+    hand_over(model, division)
+    return 0 if division is None else division(calls, 1)
+
+
+def _decodes(model: PreTrainedModel) -> bool:
+    """Whether it decodes in steps of ours, and in a dtype that the compiled kernel takes."""
+    known = STEPS.get(model.config.model_type) is not None
+    return known and model.dtype == torch.bfloat16 and not isinstance(find(), str)
+
+
+def hand_over(model: PreTrainedModel, division: Division | None = None) -> bool:
+    """Let decode steps call the CPU's experts by themselves, without Python, where the compiled
+    kernel computes them; division: how calls of zero-copy experts are divided, None: not at all.
+
+    To be called before the first step; returns whether anything is handed over.
+    """
+    found = find()
+    if isinstance(found, str) or not _decodes(model):
+        return False
+    splits = [m for m in model.modules() if isinstance(m, SplitExperts)]
+    splits = [m for m in splits if m.host is not None or division is not None]
+    inside = {id(m.host.experts) for m in splits if m.host is not None}
+    whole = [m for m in model.modules() if isinstance(m, NativeExperts) and id(m) not in inside]
+    if not splits and not whole:
+        return False
+    crew = Crew(found, model.device, max(1, threads() - 1))  # one core is Python's
+    for split in splits:
+        split.hand_over(crew, division or fixed(0))
+    for experts in whole:
+        nothing = torch.zeros(experts.num_experts, dtype=torch.int64, device=model.device)
+        experts.handover = Handover(
+            crew, experts.records.layout, experts.records.addresses(), nothing, division or fixed(0)
+        )
+    return True
 
 
 def prompts(model: PreTrainedModel) -> str:

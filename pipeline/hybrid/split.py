@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.hybrid.grouped import Groups, grouped
+from pipeline.hybrid.handover import Handover
 from pipeline.hybrid.matvec import down, gate_up
 from pipeline.hybrid.modules import HybridExperts
+from pipeline.hybrid.native.crew import Crew
 from pipeline.hybrid.native.experts import NativeExperts
-from pipeline.hybrid.placing import ROADS, Road
+from pipeline.hybrid.native.library import takes
+from pipeline.hybrid.placing import ROADS, Division, Road
 from pipeline.hybrid.records import Records
 from pipeline.hybrid.stream import BOTH, NEAR, Stream
 
@@ -75,6 +78,8 @@ class SplitExperts(nn.Module):
         self._stream: tuple[Stream, int] | None = None
         self.all_from: int | None = None
         """Tokens from which the CPU's experts come to the device; None: never."""
+        self.handover: Handover | None = None
+        """By which decode steps reach the CPU without Python, if they can."""
         self.host: HostRoad | None = None
         self._in_ram = {road: its for road, its in self.device_roads.items() if road in BOTH}
         if cpu is not None:
@@ -98,6 +103,27 @@ class SplitExperts(nn.Module):
         roads = torch.where(self.table == self._homes, self._roads, ROADS.index("resident"))
         return roads.to(device)
 
+    def roads_of(self, index: Tensor) -> Tensor:
+        """int64 [T, k]: which road takes each of a decode step's calls."""
+        roads = self.roads(index.device)[index]
+        if self.handover is None:
+            return roads
+        return torch.where(self.handover.on_cpu(index, self.table), ROADS.index("cpu"), roads)
+
+    def hand_over(self, crew: Crew, division: Division) -> None:
+        """Let the crew compute the CPU's part of decode steps, and a part of what the device reads
+        in pinned memory, where its kernel can."""
+        if not (takes(self.layout.gate_up) and takes(self.layout.down)):
+            return
+        if self.host is not None and "cpu" not in self._in_ram:
+            return  # torch's products compute those
+        records, pinned = torch.zeros((2, self.num_experts), dtype=torch.int64)
+        for road, held in self._in_ram.items():
+            records[list(held.experts)] = held.records.addresses()
+            if road == "zero-copy":
+                pinned[list(held.experts)] = held.records.addresses()
+        self.handover = Handover(crew, self.layout, records, pinned.to(self.table.device), division)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `HybridExperts.forward`."""
         host: tuple[Tensor, Tensor, Tensor] | None = None
@@ -118,18 +144,26 @@ class SplitExperts(nn.Module):
 
     def few(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The device's part for a few tokens [T, hidden], float32; nothing is waited for."""
-        part = self.layout.gate_up
-        inner = torch.empty((index.numel(), part.rows // 2), dtype=x.dtype, device=x.device)
-        output = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        self._count(index)
+        return self._products(x, index, weights, self.table)
+
+    def _count(self, index: Tensor) -> None:
         if self.uses is not None:
             flat = index.flatten()
             self.uses.scatter_add_(0, flat, self.uses.new_ones(flat.shape))
-        gate_up(x, index, self.table, part, inner)
-        down(inner, index, self.table, weights, self.layout.down, output)
+
+    def _products(self, x: Tensor, index: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+        part = self.layout.gate_up
+        inner = torch.empty((index.numel(), part.rows // 2), dtype=x.dtype, device=x.device)
+        output = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        gate_up(x, index, table, part, inner)
+        down(inner, index, table, weights, self.layout.down, output)
         return output
 
     def pieces(self, x: Tensor, index: Tensor, weights: Tensor) -> Pieces:
         """What `forward` computes for a few tokens, float32, as pieces of device work."""
+        if self.handover is not None and self.handover.takes(x):
+            return self._handed_over(self.handover, x, index, weights)
         if self.host is None:
             return self.few(x, index, weights)
         if not self.device_roads:
@@ -140,6 +174,16 @@ class SplitExperts(nn.Module):
         output = self.few(x, index, weights)
         yield desk.compute
         return output + desk.take()
+
+    def _handed_over(self, handover: Handover, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        calls, table = handover.send(x, index, weights, self.table)
+        self._count(index)
+        if self.device_roads:
+            output = self._products(x, calls, weights, table)
+        else:
+            output = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        handover.take(index, output, add=bool(self.device_roads))
+        return output
 
     @property
     def in_ram(self) -> dict[Road, Records]:
@@ -194,11 +238,20 @@ class SplitExperts(nn.Module):
 class HostRoad(nn.Module):
     """The experts of a layer that the CPU computes."""
 
-    def __init__(self, experts: HybridExperts | NativeExperts, places: Tensor) -> None:
-        """places: int64 [experts of the layer], each one's number in `experts` or its count."""
+    def __init__(
+        self,
+        experts: HybridExperts | NativeExperts,
+        places: Tensor,
+        handover: Handover | None = None,
+    ) -> None:
+        """places: int64 [experts of the layer], each one's number in `experts` or its count.
+
+        handover: by which decode steps reach all experts of the layer without Python, if they can.
+        """
         super().__init__()
         self.experts = experts
         self._places = places
+        self._handover = handover
         self._desks: dict[torch.Size, Desk] = {}
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -208,6 +261,11 @@ class HostRoad(nn.Module):
 
     def pieces(self, x: Tensor, index: Tensor, weights: Tensor) -> Pieces:
         """See `SplitExperts.pieces`, where no expert is the device's."""
+        if self._handover is not None and self._handover.takes(x):
+            self._handover.send(x, index, weights, self._handover.pinned)
+            output = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            self._handover.take(index, output, add=False)
+            return output
         desk = self.desk(x, index, weights)
         desk.bring(x, index, weights)
         yield desk.note_and_compute

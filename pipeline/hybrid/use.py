@@ -23,6 +23,14 @@ class _Placed(Protocol):
         """int64 [experts]: where each expert is now, as an index into ROADS."""
 
 
+@runtime_checkable
+class _Dividing(Protocol):
+    """One whose calls are divided between roads while the model decodes."""
+
+    def roads_of(self, index: Tensor) -> Tensor:
+        """int64 [T, k]: the road of each of a step's calls, as an index into ROADS."""
+
+
 class UseCounter:
     """Counts while it is open, in tensors on the model's device: nothing is waited for.
 
@@ -47,7 +55,7 @@ class UseCounter:
         for module, calls in zip(modules, self._calls.values(), strict=True):
             self._hooks.append(module.register_forward_pre_hook(_counting(calls)))
             if hasattr(module, "pieces"):  # decoding's way, past the module's call
-                module.pieces = _also(_counting(calls), module)
+                module.pieces = _also(_counting(calls, decoding=True), module)
                 self._in_pieces.append(module)
 
     def take(self) -> Shares:
@@ -69,11 +77,16 @@ class UseCounter:
             del module.pieces
 
 
-def _counting(calls: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _counting(
+    calls: Tensor, *, decoding: bool = False
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, _Placed), "the hook is on an experts module"
-        chosen = inputs[1].flatten().to(calls.device)
-        roads = module.roads(calls.device)[chosen]
+        chosen = inputs[1].to(calls.device)
+        if decoding and isinstance(module, _Dividing):
+            roads = module.roads_of(chosen).flatten()
+        else:
+            roads = module.roads(calls.device)[chosen.flatten()]
         calls.index_add_(0, roads, torch.ones_like(roads))
 
     return count

@@ -14,6 +14,9 @@ PLACES = {
 }
 """Road -> where its experts are."""
 
+_OTHERS = {"resident": "copies", "zero-copy": "none", "cpu": "those of zero-copy"}
+"""Road -> what it computed without experts of its own."""
+
 Use = Mapping[str, Mapping[str, float]]
 """Layer -> road -> its part of the layer's calls."""
 
@@ -21,13 +24,14 @@ Use = Mapping[str, Mapping[str, float]]
 def by_road(nbytes: Mapping[str, int], use: Use) -> list[list[str]]:
     """Road, place, size, and part of all calls (layers weigh alike; empty when not counted).
 
-    A road without bytes of its own was taken by copies that followed use.
+    A road without bytes of its own was taken by copies that followed use, or, the CPU's, by calls
+    of zero-copy experts, which both read.
     """
     return [
         [
             road,
             place,
-            size(nbytes[road]) if nbytes.get(road) else "copies",
+            size(nbytes[road]) if nbytes.get(road) else _OTHERS[road],
             percent(_mean(use, road)) if use else "",
         ]
         for road, place in PLACES.items()

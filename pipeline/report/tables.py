@@ -197,6 +197,8 @@ def stats_tables(made: Generated) -> list[Table]:
         pairs[f"experts, {road}"] = f"{nbytes} ({place}){of_calls}"
     if placed["prompts"]:
         pairs["experts, cpu, in prompts"] = f"computed by {placed['prompts']}"
+    if some := placed["cpu_calls"]:
+        pairs["calls divided"] = f"in decoding, the CPU computes {some} of a token's in every layer"
     pairs["experts by"] = ", ".join(placed["backends"]["experts"])
     tables = [pairs_table("generated", pairs)]
     if counted := placed["ledger"]:

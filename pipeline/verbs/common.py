@@ -46,7 +46,10 @@ Set = Annotated[
 ]
 Memory = Annotated[str, typer.Option(help="GPU memory that may be used, such as 10GiB")]
 Placement = Annotated[
-    str, typer.Option(help="auto, cpu, zero-copy, resident, fill, or parts: zero-copy:0.5,cpu:0.5")
+    str,
+    typer.Option(
+        help="auto, cpu, zero-copy, resident, fill, both, or parts: zero-copy:0.5,cpu:0.5"
+    ),
 ]
 Native = Annotated[
     bool,

@@ -1,12 +1,14 @@
 """With a GPU: captured decode steps are the model's, allocate nothing, and leave nothing behind."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hybrid_models import MODELS, dequantised, write_output
 
 from pipeline import hybrid
+from pipeline.hybrid.native.library import find
 from pipeline.quantize.tensor import AffineScheme
 
 pytestmark = [
@@ -14,7 +16,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 decode = pytest.importorskip("pipeline.hybrid.decode", exc_type=ImportError)
-PLACEMENTS = ["resident", "zero-copy", "cpu", "resident:0.25,zero-copy:0.5,cpu:0.25"]
+PARTS = "resident:0.25,zero-copy:0.5,cpu:0.25"
+AT_ONCE = ["both:2", "both", "cpu", "zero-copy:0.7,cpu:0.3", PARTS]
+native = pytest.mark.skipif(isinstance(find(), str), reason="no compiled kernel for the CPU")
+PLACEMENTS = ["resident", "zero-copy", "cpu", PARTS]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,59 @@ def test_a_step_allocates_nothing(directory):
         decoder.step()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@native
+@pytest.mark.parametrize("placement", AT_ONCE)
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_both_roads_are_one_graph(directory, placement, sequences):
+    """200 steps, random tokens: as when the device computes all."""
+    model = hybrid.load(directory, placement=placement)
+    plain = hybrid.load(directory, placement="zero-copy")
+    ids = torch.randint(5, model.config.vocab_size, (sequences, 40), device="cuda")
+    both = [decode.Decoder(m, sequences, 256) for m in (model, plain)]
+    for decoder in both:
+        decoder.prefill(ids)
+    errors, equal = [], []
+    for _ in range(200):
+        tokens = torch.randint(5, model.config.vocab_size, (sequences,), device="cuda")
+        for decoder in both:
+            decoder.tokens.copy_(tokens)
+        got, want = (decoder.step().float() for decoder in both)
+        errors.append((got - want).norm() / want.norm())
+        equal.append((got.argmax(-1) == want.argmax(-1)).float().mean())
+    error = torch.stack(errors)
+    assert error.median() < 0.03 and error.max() < 0.2, (error.median(), error.max())
+    assert torch.stack(equal).mean() > 0.95
+    assert [len(decoder._captured) for decoder in both] == [1, 1]
+    both[0]._crew.check()
+
+
+@native
+@pytest.mark.parametrize("placement", ["both:2", "cpu"])
+def test_a_step_of_both_roads_allocates_nothing(directory, placement):
+    model = hybrid.load(directory, placement=placement)
+    decoder = decode.Decoder(model, 1, 256)
+    decoder.prefill(torch.randint(5, 500, (1, 20), device="cuda"))
+    decoder.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(200):
+        decoder.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@native
+def test_two_models_on_both_roads(directory):
+    """In turns and from two threads: each says what it says alone."""
+    ids = torch.randint(5, 500, (1, 40), device="cuda")
+    wanted = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    models = [hybrid.load(directory, placement=p) for p in ("both:2", "both:1")]
+    alone = [model.generate(ids, **wanted) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        again = list(pool.map(lambda model: model.generate(ids, **wanted), models))
+    assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
 
 
 def test_two_models_and_nothing_left(directory):

@@ -14,7 +14,17 @@ from pipeline.hybrid import roads as road_table
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.native.library import find
-from pipeline.hybrid.placing import Rates, as_copies, by_policy, by_request, count
+from pipeline.hybrid.placing import (
+    Rates,
+    as_copies,
+    by_policy,
+    by_request,
+    count,
+    divide,
+    divided,
+    fixed,
+    worth_dividing,
+)
 from pipeline.hybrid.probe import cpu_rate, link_rate, tokens_worth
 from pipeline.hybrid.records import pack
 from pipeline.quantize.tensor import AffineScheme
@@ -63,6 +73,52 @@ def test_policy_without_memory_or_use():
     assert by_policy(layers, 0, Rates(pcie=1.1, cpu=1.0)) == {0: ["zero-copy"] * 10}
 
 
+def test_policy_where_calls_are_divided():
+    layers = _layers(count=2)
+    held = [road for roads in by_policy(layers, 8_000, None).values() for road in roads]
+    assert held.count("resident") == 8 and held.count("zero-copy") == 72
+
+
+def test_both_roads_end_together():
+    """Any other number of calls on the CPU would end later; with more tokens it is no smaller."""
+    for _ in range(50):
+        rates = Rates(pcie=random.uniform(5e9, 60e9), cpu=random.uniform(5e9, 200e9))
+        nbytes, calls = random.randrange(10**5, 10**7), random.randint(1, 12)
+        mine = divide(rates, nbytes)
+
+        def end(some, tokens, rates=rates, nbytes=nbytes, calls=calls):
+            seconds = (calls - some) * tokens * nbytes / (rates.pcie * 0.88)
+            return max(seconds, some and 25e-6 + some * tokens * nbytes / rates.cpu)
+
+        shares = []
+        for tokens in (1, 2, 8):
+            some = mine(calls, tokens)
+            assert end(some, tokens) <= min(end(n, tokens) for n in range(calls + 1)) * 1.0001
+            shares.append(some)
+        assert shares == sorted(shares)
+        assert mine(0, 1) == 0
+
+
+def test_whether_two_roads_are_worth_it():
+    """Experts of the 80B model: 36.8 us each over PCIe, and on a CPU at 60 GB/s 27 us after 25."""
+    nbytes = 1_622_016
+    assert divide(Rates(pcie=50e9, cpu=60e9), nbytes)(10, 1) == 5
+    assert worth_dividing(Rates(pcie=50e9, cpu=60e9), nbytes, 10)
+    assert worth_dividing(Rates(pcie=50e9, cpu=24e9), nbytes, 10)
+    assert not worth_dividing(Rates(pcie=50e9, cpu=5e9), nbytes, 10)
+    # what the CPU's reads take from PCIe's is not won
+    assert not worth_dividing(Rates(pcie=30e9, cpu=24e9, alone=55e9), nbytes, 10)
+    assert not worth_dividing(Rates(pcie=50e9, cpu=60e9), 10_000, 4), "small experts"
+    assert [fixed(3)(calls, 1) for calls in range(6)] == [0, 1, 2, 3, 3, 3]
+
+
+def test_requests_of_both_roads():
+    assert divided("both") == ("zero-copy", None)
+    assert divided("both:3") == ("zero-copy", 3)
+    for other in ("auto", "fill", "cpu", "zero-copy:0.5,cpu:0.5"):
+        assert divided(other) == (other, 0)
+
+
 def test_parts_go_by_use():
     layers = _layers(count=1)
     roads = by_request(layers, "resident:0.1, zero-copy:0.5, cpu:0.4")[0]
@@ -73,7 +129,9 @@ def test_parts_go_by_use():
     assert min(by_road["zero-copy"]) >= max(by_road["cpu"])
 
 
-@pytest.mark.parametrize("request_", ["gpu", "", "cpu:0.5", "cpu:x", "resident:-1,cpu:2"])
+@pytest.mark.parametrize(
+    "request_", ["gpu", "", "cpu:0.5", "cpu:x", "resident:-1,cpu:2", "both:x", "both:-1"]
+)
 def test_unknown_placements(directory, request_):
     with pytest.raises(UserError, match="placement") as caught:
         hybrid.load(directory, device="cpu", placement=request_)
@@ -83,6 +141,8 @@ def test_unknown_placements(directory, request_):
 def test_refusals_of_the_machine(directory):
     with pytest.raises(UserError, match="need a GPU"):
         hybrid.load(directory, device="cpu", placement="zero-copy")
+    with pytest.raises(UserError, match="needs the compiled kernel"):
+        hybrid.load(directory, device="cpu", placement="both", native=False)
     with pytest.raises(UserError, match="finds no GPU"):
         hybrid.load(directory, device="cuda")
     with pytest.raises(ResourceError, match="of RAM"):

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
         ("fused", "steps"),
         ("fused", "moving"),
         ("fused", "counted"),
+        ("handover", "calls"),
     ],
 )
 def test_under_the_interpreter(check, part, tmp_path):

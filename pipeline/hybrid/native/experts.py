@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.hybrid.native.library import Library, find, takes, threads
 from pipeline.hybrid.placing import ROADS
-from pipeline.hybrid.records import Records, layout_of, packable
+from pipeline.hybrid.records import Layout, Records, layout_of, packable
 from pipeline.quantize.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from pipeline.hybrid.handover import Handover
 
 _NO_MEMORY, _NO_EXPERT = 1, 2
 """Results of `requant_experts` in layer.c."""
@@ -33,6 +36,24 @@ def kernel_for(
     return library if takes(layout.gate_up) and takes(layout.down) else None
 
 
+def sizes_of(layout: Layout) -> Tensor:
+    """int64 [14], on the CPU: the layout as the kernel's functions take it."""
+    sizes = [
+        number
+        for part in (layout.gate_up, layout.down)
+        for number in (
+            part.rows,
+            part.columns,
+            part.group,
+            part.codes,
+            part.scales,
+            -1 if part.zero else part.zeros,
+            part.zero,
+        )
+    ]
+    return torch.tensor(sizes)
+
+
 class NativeExperts(nn.Module):
     """See `HybridExperts`, whose place this takes; for bfloat16 on the CPU, silu its activation.
 
@@ -45,23 +66,12 @@ class NativeExperts(nn.Module):
         """records: on the CPU; `library`: what `kernel_for` returned for such experts."""
         super().__init__()
         self.num_experts = records.count
+        self.handover: Handover | None = None
+        """By which a device's decode steps reach these experts without Python, if they can."""
         self._library = library
         self._records = records
         self._addresses = records.addresses()
-        sizes = [
-            number
-            for part in (records.layout.gate_up, records.layout.down)
-            for number in (
-                part.rows,
-                part.columns,
-                part.group,
-                part.codes,
-                part.scales,
-                -1 if part.zero else part.zeros,
-                part.zero,
-            )
-        ]
-        self._sizes = torch.tensor(sizes)
+        self._sizes = sizes_of(records.layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeExperts:
         # The library has no copies, and the copied records have other addresses.

@@ -8,15 +8,12 @@
  * Threads are those of torch's OpenMP runtime: a second pool would share the cores with it, whose
  * threads spin for some time after each of torch's own products.
  */
-#include <sched.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "kernel.h"
-#include "vector.h"
+#include "layer.h"
 
 /* Tickets that each thread should find in a stage: fewer, and threads wait for the last one; more,
  * and reads are so short that prefetchers hardly begin. */
@@ -32,51 +29,6 @@
 #define AT_ONCE 32
 /* Tokens of one ticket that prepares or adds up. */
 #define TOKENS 4
-/* Rounds of spinning before a waiting thread offers its core to others. */
-#define PATIENCE 2000
-
-/* Results of `requant_experts`; library.py knows them. */
-enum { DONE = 0, NO_MEMORY = 1, NO_EXPERT = 2 };
-
-typedef struct {
-    Matrix gate_up, down;
-    const uint64_t *records; /* address of each expert's */
-    int64_t experts;
-} Layer;
-
-typedef struct {
-    const Layer *layer;
-    Product product;
-    Prepare prepare;
-    Gate gate;
-    const uint16_t *x; /* bfloat16 [tokens, hidden] */
-    int64_t tokens, each, pairs;
-    const float *weights; /* [tokens, each] */
-    float *out;           /* [tokens, hidden] */
-    /* Pairs of token and expert, sorted by expert. */
-    int64_t used;           /* experts that were chosen */
-    int64_t *expert, *from; /* [used], [used + 1]: which, and its first pair */
-    int64_t *place;         /* [tokens, each]: the pair's number; -1: computed elsewhere */
-    Vector *vectors;        /* [tokens], then [pairs] of gated products */
-    const Vector **given;   /* [pairs]: the token's vector, then the pair's own */
-    float *inner, *part;    /* [pairs, inner], [pairs, hidden] */
-    /* Tickets of each stage, how rows are shared out, and what has been done. */
-    int64_t token_tickets, gate_parts, gate_rows, down_parts, down_rows;
-    atomic_long ticket, prepared, down_done, *parts_left, *ready;
-} Job;
-
-static inline void breathe(long round)
-{
-    if (round % PATIENCE == PATIENCE - 1) {
-        sched_yield();
-        return;
-    }
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
 
 static void wait_for(atomic_long *count, long wanted)
 {
@@ -169,7 +121,7 @@ static const uint8_t *codes_of(const Job *job, int64_t number)
 
 /* Draws one ticket ahead, to ask for its codes meanwhile.  Each thread's tickets rise, so the first
  * one that is not done is always some thread's present one, and all that it waits for are done. */
-static void work(void *argument)
+void job_work(void *argument)
 {
     Job *job = argument;
     int64_t wide = job->used * job->gate_parts, narrow = job->used * job->down_parts;
@@ -278,6 +230,66 @@ int requant_best(void)
 #endif
 }
 
+/* Bytes of the job's arrays, then those and the scratch of `sort_pairs`. */
+static size_t all_room(const Job *job, size_t *own)
+{
+    Job other = *job;
+    size_t all = *own = lay_out(&other, NULL);
+    take(NULL, &all, (size_t)(job->layer->experts + 1) * sizeof(int64_t));
+    return all;
+}
+
+size_t job_room(const Job *job)
+{
+    size_t own;
+    return all_room(job, &own);
+}
+
+void job_describe(Job *job, Layer *layer, const int64_t *sizes, const uint64_t *records,
+                  int64_t experts, const uint16_t *x, const int64_t *index, const float *weights,
+                  int64_t tokens, int64_t each, float *out, int kernel)
+{
+    layer->records = records, layer->experts = experts;
+    memcpy(&layer->gate_up, sizes, sizeof(Matrix));
+    memcpy(&layer->down, sizes + sizeof(Matrix) / sizeof *sizes, sizeof(Matrix));
+    memset(job, 0, sizeof *job);
+    job->layer = layer, job->x = x, job->index = index, job->weights = weights, job->out = out;
+    job->tokens = tokens, job->each = each, job->pairs = tokens * each;
+    job->product = product_portable, job->prepare = prepare_portable, job->gate = gate_portable;
+#ifdef X86
+    if (kernel == 1)
+        job->product = product_avx2, job->prepare = prepare_avx2, job->gate = gate_avx2;
+    if (kernel == 2)
+        job->product = product_avx512, job->prepare = prepare_avx512, job->gate = gate_avx512;
+#else
+    (void)kernel;
+#endif
+}
+
+int job_start(Job *job, uint8_t *room, int64_t threads)
+{
+    const Layer *layer = job->layer;
+    size_t own;
+    for (int64_t i = 0; i < job->pairs; i++)
+        if (job->index[i] < 0 || job->index[i] > layer->experts) return NO_EXPERT;
+    all_room(job, &own);
+    lay_out(job, room);
+    job->used = 0;
+    sort_pairs(job, job->index, (int64_t *)(room + own));
+    job->token_tickets = (job->tokens + TOKENS - 1) / TOKENS;
+    share_out(layer->down.columns, MOST_ROWS, job->used, threads, &job->gate_rows,
+              &job->gate_parts);
+    share_out(layer->down.rows, MOST_DOWN, job->used, threads, &job->down_rows, &job->down_parts);
+    atomic_init(&job->ticket, 0);
+    atomic_init(&job->prepared, 0);
+    atomic_init(&job->down_done, 0);
+    for (int64_t slot = 0; slot < job->used; slot++) {
+        atomic_init(&job->parts_left[slot], job->gate_parts);
+        atomic_init(&job->ready[slot], 0);
+    }
+    return DONE;
+}
+
 /* out [tokens, hidden] = sum over the `each` chosen experts of weight * down(silu(gate) * up).
  *
  * sizes: rows, columns, group, and offsets of codes, scales and zeros (-1: none) and the zero, of
@@ -287,41 +299,22 @@ int requant_experts(const int64_t *sizes, const uint64_t *records, int64_t exper
                     const uint16_t *x, const int64_t *index, const float *weights, int64_t tokens,
                     int64_t each, float *out, int kernel, int64_t threads, Parallel parallel)
 {
-    Layer layer = {.records = records, .experts = experts};
-    memcpy(&layer.gate_up, sizes, sizeof(Matrix));
-    memcpy(&layer.down, sizes + sizeof(Matrix) / sizeof *sizes, sizeof(Matrix));
-    Job job = {.layer = &layer, .x = x, .tokens = tokens, .each = each, .pairs = tokens * each,
-               .weights = weights, .out = out};
-    job.product = product_portable, job.prepare = prepare_portable, job.gate = gate_portable;
-#ifdef X86
-    if (kernel == 1) job.product = product_avx2, job.prepare = prepare_avx2, job.gate = gate_avx2;
-    if (kernel == 2)
-        job.product = product_avx512, job.prepare = prepare_avx512, job.gate = gate_avx512;
-#endif
-    for (int64_t i = 0; i < job.pairs; i++)
-        if (index[i] < 0 || index[i] > experts) return NO_EXPERT;
-    size_t own = lay_out(&job, NULL), all = own;
-    take(NULL, &all, (size_t)(experts + 1) * sizeof(int64_t));
-    uint8_t *room = aligned_alloc(64, all);
+    Layer layer;
+    Job job;
+    job_describe(&job, &layer, sizes, records, experts, x, index, weights, tokens, each, out,
+                 kernel);
+    uint8_t *room = aligned_alloc(64, job_room(&job));
     if (!room) return NO_MEMORY;
-    lay_out(&job, room);
-    sort_pairs(&job, index, (int64_t *)(room + own));
     int64_t bytes = (layer.gate_up.rows * layer.gate_up.columns +
                      layer.down.rows * layer.down.columns) / 2 * job.pairs;
     threads = least(threads, 1 + bytes / THREAD_BYTES);
-    job.token_tickets = (tokens + TOKENS - 1) / TOKENS;
-    share_out(layer.down.columns, MOST_ROWS, job.used, threads, &job.gate_rows, &job.gate_parts);
-    share_out(layer.down.rows, MOST_DOWN, job.used, threads, &job.down_rows, &job.down_parts);
-    for (int64_t slot = 0; slot < job.used; slot++) {
-        atomic_init(&job.parts_left[slot], job.gate_parts);
-        atomic_init(&job.ready[slot], 0);
-    }
-    if (threads > 1)
-        parallel(work, &job, (unsigned)threads, 0);
-    else
-        work(&job);
+    int failed = job_start(&job, room, threads);
+    if (!failed && threads > 1)
+        parallel(job_work, &job, (unsigned)threads, 0);
+    else if (!failed)
+        job_work(&job);
     free(room);
-    return DONE;
+    return failed;
 }
 
 /* Ask for large pages behind memory that nothing was written to yet: reading experts all over it

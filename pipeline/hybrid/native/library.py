@@ -26,11 +26,24 @@ _MAX_GROUPS = 2048
 
 
 @dataclass(frozen=True)
+class CrewFunctions:
+    """The functions of crew.c: `requant_crew_...` there."""
+
+    new: Callable[[int, int, int], int | None]
+    desk: Callable[..., int]
+    begin: Callable[[int, int], None]
+    served: Callable[[int], int]
+    failed: Callable[[int], int]
+    close: Callable[[int], None]
+
+
+@dataclass(frozen=True)
 class Library:
     """The functions of layer.c and the files beside it, and what they are called with."""
 
     experts: Callable[..., int]
     dense: Callable[..., int]
+    crew: CrewFunctions
     delta: Callable[..., None]
     norm: Callable[..., None]
     route: Callable[..., None]
@@ -70,6 +83,7 @@ def find() -> Library | str:
         if found.requant_version() != _VERSION:
             return "it is of another version: install requant again (pip install -e .)"
         functions = {name: _function(found, name, kinds) for name, kinds in _ARGUMENTS.items()}
+        crew = _crew(found)
         kind = int(found.requant_best())
     except (OSError, AttributeError) as error:
         return f"it cannot be loaded: {error}"
@@ -77,7 +91,7 @@ def find() -> Library | str:
         parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except AttributeError:
         return "torch was built with an OpenMP runtime that has no GOMP_parallel"
-    return Library(**functions, parallel=parallel or 0, kind=kind)
+    return Library(**functions, crew=crew, parallel=parallel or 0, kind=kind)
 
 
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -104,10 +118,22 @@ def numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _function(found: ctypes.CDLL, name: str, kinds: str) -> Callable[..., Any]:
+def _function(found: ctypes.CDLL, name: str, kinds: str, returned: str = "i") -> Callable[..., Any]:
     function = getattr(found, f"requant_{name}")
     function.argtypes = [_TYPES[letter] for letter in kinds.replace(" ", "")]
+    function.restype = _TYPES[returned]
     return function
+
+
+def _crew(found: ctypes.CDLL) -> CrewFunctions:
+    return CrewFunctions(
+        new=_function(found, "crew", "ppn", "p"),
+        desk=_function(found, "crew_desk", "ppp n ppp nn p i", "n"),
+        begin=_function(found, "crew_begin", "pn"),
+        served=_function(found, "crew_served", "p", "n"),
+        failed=_function(found, "crew_failed", "p"),
+        close=_function(found, "crew_close", "p"),
+    )
 
 
 def name() -> str:

@@ -208,7 +208,8 @@ def _routed(experts: Any) -> Callable[[Tensor, Tensor, Tensor], Pieces]:
     """(x, index, weights) -> float32 [T, hidden], in pieces."""
     if isinstance(experts, SplitExperts):
         return experts.pieces
-    return HostRoad(experts, torch.arange(experts.num_experts)).pieces
+    handover = getattr(experts, "handover", None)  # torch's products have none
+    return HostRoad(experts, torch.arange(experts.num_experts), handover).pieces
 
 
 def _dense(module: Any) -> bool:

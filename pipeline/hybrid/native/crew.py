@@ -1,0 +1,126 @@
+"""Threads that compute the CPU's experts of a decode step, called by the device itself."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ResourceError
+from pipeline.hybrid.native.experts import sizes_of
+from pipeline.hybrid.native.library import Library
+from pipeline.hybrid.records import Layout, host_memory
+
+_REQUEST, _ANSWER, _LATE = 0, 64, 128
+"""Bytes from the beginning of a crew's words to each of them."""
+_ALWAYS = 1 << 62
+"""Calls that are more than any step makes."""
+_NO_EXPERT = 2
+"""A result of calls in layer.c."""
+
+
+class Crew:
+    """See crew.c.  One for each model; its words are written by one step at a time."""
+
+    def __init__(self, library: Library, device: torch.device, threads: int) -> None:
+        """device: that will call; ResourceError where there is no thread to be had."""
+        self.library = library
+        self.device = device
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        """int64 [1], on the device: calls that it has made."""
+        self._words = host_memory(192, pin=device.type == "cuda")
+        self._words.zero_()
+        self._late = self._words[_LATE : _LATE + 8].view(torch.int64)
+        handle = library.crew.new(self.request, self.answer, threads)
+        if not handle:
+            raise ResourceError("no threads can be started for the CPU's experts")
+        self._handle = handle
+        self._held: list[Tensor] = [self._words]
+        weakref.finalize(self, _close, library, handle, self._held, os.getpid())
+
+    @property
+    def request(self) -> int:
+        """Address of the word that the device writes: desk << 32 | number of the call."""
+        return self._words.data_ptr() + _REQUEST
+
+    @property
+    def answer(self) -> int:
+        """Address of the word that the crew writes: the number of the call, in 32 bits."""
+        return self._words.data_ptr() + _ANSWER
+
+    @property
+    def late(self) -> int:
+        """Address of the word that the device writes when it has waited too long."""
+        return self._words.data_ptr() + _LATE
+
+    def desk(
+        self,
+        layout: Layout,
+        records: Tensor,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        out: Tensor,
+    ) -> int:
+        """The number of a new desk, for one layer and number of tokens, all tensors on the CPU.
+
+        records int64 [experts]: their addresses; x bfloat16 [T, hidden]; index int64 [T, k], the
+        number of experts standing for one that is computed elsewhere; weights float32 [T, k]; out
+        float32 [T, hidden].  They are kept for as long as the crew is.
+        """
+        sizes = sizes_of(layout)
+        number = self.library.crew.desk(
+            self._handle, sizes.data_ptr(), records.data_ptr(), len(records), x.data_ptr(),
+            index.data_ptr(), weights.data_ptr(), *index.shape, out.data_ptr(), self.library.kind,
+        )  # fmt: skip
+        if number < 0:
+            raise ResourceError("no memory for the desks of the CPU's experts")
+        self._held += [records, x, index, weights, out]
+        return number
+
+    def begin(self, calls: int) -> None:
+        """A step that calls so often is about to be queued: wake the threads."""
+        self.library.crew.begin(self._handle, calls)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """While steps run whose calls are not known; nothing is queued at its end."""
+        self.begin(_ALWAYS)
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            self.begin(-1)
+
+    @property
+    def served(self) -> int:
+        """Calls so far."""
+        return self.library.crew.served(self._handle)
+
+    def check(self) -> None:
+        """Whether all calls went well since this was asked last; waits for nothing.
+
+        IndexError for an expert that there is not, ResourceError for an answer that came too late.
+        """
+        failed = self.library.crew.failed(self._handle)
+        if failed == _NO_EXPERT:
+            raise IndexError("the router chose an expert that there is not")
+        if failed:
+            raise RuntimeError(f"the device called experts that the CPU does not know ({failed})")
+        if int(self._late):
+            self._late.zero_()
+            raise ResourceError(
+                "the CPU did not compute its experts in time, too much else runs on it: stop that, "
+                "or use placement zero-copy"
+            )
+
+
+def _close(library: Library, handle: int, held: list[Tensor], process: int) -> None:
+    if os.getpid() == process:  # a forked child has no threads to end
+        library.crew.close(handle)
+    held.clear()

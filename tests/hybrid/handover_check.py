@@ -1,0 +1,144 @@
+"""Run by test_spread.py in a process of its own, under Triton's interpreter.
+
+Decode steps that call the CPU's threads themselves, against those that go through Python.
+"""
+
+import random
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from fused_check import small_tiles
+from hybrid_models import MODELS, write_output
+
+from pipeline import hybrid
+from pipeline.errors import ResourceError
+from pipeline.hybrid import handover, runtime
+from pipeline.hybrid.decode import Decoder
+from pipeline.hybrid.placing import ROADS, fixed
+from pipeline.hybrid.split import SplitExperts
+from pipeline.hybrid.steps.qwen3_next import _routed
+from pipeline.hybrid.use import UseCounter
+from pipeline.quantize.tensor import AffineScheme
+
+BOUND = 0.01
+"""The GPU's kernels round gated products to bfloat16, the CPU's do not."""
+PLACEMENTS = ["zero-copy", "cpu", "resident:0.25,zero-copy:0.5,cpu:0.25"]
+
+
+def layers(out: Path) -> None:
+    """Every placement and division: a layer's calls come out as they do through Python."""
+    for placement in PLACEMENTS:
+        model = hybrid.load(out, device="cpu", placement=placement)
+        experts = [layer.mlp.experts for layer in model.model.layers]
+        count, top_k = experts[0].num_experts, model.config.num_experts_per_tok
+        tokens = random.randint(1, 3)
+        x = torch.randn(tokens, model.config.hidden_size).bfloat16()
+        weights = torch.rand(tokens, top_k).bfloat16()
+        index = torch.stack([torch.randperm(count)[:top_k] for _ in range(tokens)])
+        want = [module(x, index, weights) for module in experts]
+        for share in [0] if placement == "cpu" else random.sample(range(1, top_k + 1), 1):
+            assert runtime.hand_over(model, fixed(share))
+            crew = experts[0].handover.crew
+            for module, expected in zip(experts, want, strict=True):
+                with crew.awake():
+                    got = _finish(_routed(module)(x, index, weights))
+                error = (got - expected).norm() / expected.norm()
+                assert error < BOUND, (placement, share, error)
+                if isinstance(module, SplitExperts):
+                    _check_roads(module, index, share)
+            crew.check()
+            assert crew.served == len(experts)
+
+
+def _finish(pieces):
+    try:
+        next(pieces)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("something was left to Python")
+
+
+def _check_roads(module: SplitExperts, index: torch.Tensor, share: int) -> None:
+    """Residents stay where they are, experts at home on the CPU too, and as many others as fit."""
+    at_home = module.roads(torch.device("cpu"))[index]
+    now = module.roads_of(index)
+    for before, after in zip(at_home.tolist(), now.tolist(), strict=True):
+        moved = [b for b, a in zip(before, after, strict=True) if a != b]
+        assert set(moved) <= {ROADS.index("zero-copy")}
+        bound = before.count(ROADS.index("cpu"))
+        free = before.count(ROADS.index("zero-copy"))
+        assert len(moved) == min(free, max(0, min(share, bound + free) - bound))
+
+
+def steps(out: Path) -> None:
+    """Several sequences, copies that move, calls counted: each layer's sums in every step."""
+    model = hybrid.load(out, device="cpu", placement="zero-copy:0.75,cpu:0.25")
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    copies = {
+        number: list(module.device_roads["zero-copy"].experts[:3])
+        for number, module in enumerate(experts)
+    }
+    followed = runtime.connect(model, copies, kernels=False)
+    assert runtime.hand_over(model, fixed(1))
+    errors: list[float] = []
+    for module in experts:
+        module.pieces = _compared(module, errors)
+    counter = UseCounter(model)
+    decoder = Decoder(model, 2, 24, residency=followed, kernels=True)
+    decoder.prefill(torch.randint(5, 512, (2, 6)))
+    counter.take()
+    for _ in range(2):
+        decoder.tokens.copy_(torch.randint(5, 512, (2,)))
+        decoder.step()
+    assert len(errors) == 2 * len(experts) and max(errors) < BOUND, errors
+    for parts in counter.take().values():
+        assert 0 < parts["cpu"] < 1 and abs(sum(parts.values()) - 1) < 1e-6, parts
+
+
+def _compared(module, errors):
+    """`pieces`, the same through Python beside it."""
+    pieces = module.pieces
+
+    def both(*inputs):
+        uses, module.uses = module.uses, None
+        want = module(*inputs)
+        module.uses = uses
+        got = yield from pieces(*inputs)
+        errors.append(float((got - want).norm() / want.norm()))
+        return got
+
+    return both
+
+
+def late(out: Path) -> None:
+    """A crew that is not woken: the device gives up, and the next step says so."""
+    model = hybrid.load(out, device="cpu", placement="cpu")
+    assert runtime.hand_over(model)
+    decoder = Decoder(model, 1, 24, kernels=True)
+    decoder.prefill(torch.randint(5, 512, (1, 6)))
+    decoder._awake = nullcontext
+    handover._PATIENCE = 20
+    time.sleep(0.5)  # until its threads sleep
+    decoder.step()
+    try:
+        decoder.step()
+    except ResourceError as error:
+        assert "in time" in str(error)
+        return
+    raise AssertionError("nothing was said")
+
+
+if __name__ == "__main__":
+    seed = random.randrange(2**31)
+    print("seed", seed)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(random.choice([1, 2, 4]))
+    small_tiles()
+    made = write_output(MODELS / "micro-nf4", Path(sys.argv[2]), AffineScheme(4, 64, True))
+    layers(made)
+    steps(made)
+    late(made)
