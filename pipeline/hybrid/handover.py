@@ -29,8 +29,6 @@ from pipeline.hybrid.records import Layout, host_memory
 
 _BLOCK = 2048
 """Numbers that are moved at a time."""
-_PATIENCE = 1 << 25
-"""Looks at the crew's answer before the device gives up, each of about a microsecond."""
 _ALIGN = 64
 
 
@@ -44,8 +42,8 @@ def _send_kernel(
     shares,
     counter,
     addresses,
-    sent,
-    request,
+    sent: tl.int64,
+    request: tl.int64,
     desk,
     index_at,
     weights_at,
@@ -53,6 +51,7 @@ def _send_kernel(
     each,
     hidden,
     experts,
+    PTX: tl.constexpr,
     EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -85,15 +84,32 @@ def _send_kernel(
     tl.debug_barrier()  # everything is written, and the request behind it
     tl.store(counter, number)
     word = (desk.to(tl.int64) << 32) | (number & 0xFFFFFFFF)
-    tl.atomic_xchg(request.to(tl.pointer_type(tl.int64)), word, sem="release", scope="sys")
+    if PTX:  # Triton's only releases are atomics, which not every bus brings to host memory
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first st.release.sys.global.b64 [$1], $2;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,l",
+            [request, word],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.atomic_xchg(request.to(tl.pointer_type(tl.int64)), word, sem="release", scope="sys")
 
 
 @triton.jit
 def _take_kernel(
-    received,
+    received: tl.int64,
     counter,
-    answer,
-    late,
+    answer: tl.int64,
+    late: tl.int64,
     out,
     patience,
     hidden,
@@ -103,12 +119,13 @@ def _take_kernel(
     """One program a token: its row of `received`, once the answer is there, into or onto `out`."""
     wanted = tl.load(counter) & 0xFFFFFFFF
     where = answer.to(tl.pointer_type(tl.int64))
-    looks = patience
+    looks = tl.load(patience)
     while (tl.load(where, volatile=True) != wanted) & (looks > 0):
         looks -= 1
+    tl.debug_barrier()
     if looks == 0:
         tl.store(late.to(tl.pointer_type(tl.int64)), 1)
-    tl.debug_barrier()
+        tl.store(patience, 1)  # the calls behind it do not wait as long again
     row = tl.program_id(0).to(tl.int64) * hidden
     source = tl.multiple_of(received.to(tl.pointer_type(tl.float32)), 16) + row
     for first in range(0, hidden, BLOCK):
@@ -173,7 +190,7 @@ class Handover:
         _send_kernel[(1,)](
             x, index, weights, table, self.pinned, desk.shares, self.crew.counter,
             desk.addresses, room, self.crew.request, desk.number, *desk.offsets[1:3],
-            tokens, each, x.shape[1], len(self._records),
+            tokens, each, x.shape[1], len(self._records), PTX=x.is_cuda and not torch.version.hip,
             EACH=triton.next_power_of_2(each), BLOCK=_BLOCK,
         )  # fmt: skip
         return desk.each, desk.addresses.flatten()
@@ -187,7 +204,7 @@ class Handover:
         crew = self.crew
         _take_kernel[(out.shape[0],)](
             desk.room.data_ptr() + desk.offsets[3], crew.counter, crew.answer, crew.late, out,
-            _PATIENCE, out.shape[1], ADD=add, BLOCK=_BLOCK,
+            crew.patience, out.shape[1], ADD=add, BLOCK=_BLOCK, num_warps=1,
         )  # fmt: skip
 
     def on_cpu(self, index: Tensor, table: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -298,12 +299,21 @@ class _Loader:
             top_k = self.geometry.top_k if places.visiting else None
             runtime.connect(self.model, places.copies, top_k=top_k, buffers=places.buffers)
             if self._native:
-                self._divided = runtime.hand_over_as(self.model, self._request, self._cpu_calls)
+                self._hand_over(runtime.hand_over_as)
                 if self._cpu_calls != 0 and not self._divided:
                     self.remarks.append("decoding leaves the CPU no calls of zero-copy experts")
             if any("cpu" in roads for roads in places.homes.values()):
                 self._prompts = runtime.prompts(self.model) + places.why_not
             torch.cuda.empty_cache()  # what laying out experts took is free for prompts' needs
+
+    def _hand_over(self, hand_over_as: Callable[[PreTrainedModel, str, int | None], int]) -> None:
+        """Decoding goes through Python where it cannot be handed over, unless that was wanted."""
+        try:
+            self._divided = hand_over_as(self.model, self._request, self._cpu_calls)
+        except ResourceError as error:
+            if self._cpu_calls != 0:
+                raise
+            self.remarks.append(str(error))
 
     def placement(self) -> dict[str, Any]:
         """For reports: plain strings and numbers."""

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.errors import ResourceError
 from pipeline.hybrid import delta_prefill
+from pipeline.hybrid.calls import calls_fail
 from pipeline.hybrid.generation import install
 from pipeline.hybrid.handover import Handover
 from pipeline.hybrid.native.crew import Crew
@@ -98,7 +100,8 @@ def hand_over(model: PreTrainedModel, division: Division | None = None) -> bool:
     """Let decode steps call the CPU's experts by themselves, without Python, where the compiled
     kernel computes them; division: how calls of zero-copy experts are divided, None: not at all.
 
-    To be called before the first step; returns whether anything is handed over.
+    To be called before the first step; returns whether anything is handed over.  ResourceError,
+    and all is as before, where the device cannot call threads here, or there are none.
     """
     found = find()
     if isinstance(found, str) or not _decodes(model):
@@ -109,6 +112,8 @@ def hand_over(model: PreTrainedModel, division: Division | None = None) -> bool:
     whole = [m for m in model.modules() if isinstance(m, NativeExperts) and id(m) not in inside]
     if not splits and not whole:
         return False
+    if failed := calls_fail(model.device):
+        raise ResourceError(f"the device cannot call the CPU's threads: {failed}")
     crew = Crew(found, model.device, max(1, threads() - 1))  # one core is Python's
     for split in splits:
         split.hand_over(crew, division or fixed(0))

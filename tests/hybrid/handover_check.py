@@ -15,7 +15,7 @@ from hybrid_models import MODELS, write_output
 
 from pipeline import hybrid
 from pipeline.errors import ResourceError
-from pipeline.hybrid import handover, runtime
+from pipeline.hybrid import runtime
 from pipeline.hybrid.decode import Decoder
 from pipeline.hybrid.placing import ROADS, fixed
 from pipeline.hybrid.split import SplitExperts
@@ -120,7 +120,7 @@ def late(out: Path) -> None:
     decoder = Decoder(model, 1, 24, kernels=True)
     decoder.prefill(torch.randint(5, 512, (1, 6)))
     decoder._awake = nullcontext
-    handover._PATIENCE = 20
+    decoder._crew.patience.fill_(20)
     time.sleep(0.5)  # until its threads sleep
     decoder.step()
     try:

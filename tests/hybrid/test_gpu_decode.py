@@ -8,6 +8,8 @@ import torch
 from hybrid_models import MODELS, dequantised, write_output
 
 from pipeline import hybrid
+from pipeline.errors import ResourceError
+from pipeline.hybrid.native import crew
 from pipeline.hybrid.native.library import find
 from pipeline.quantize.tensor import AffineScheme
 
@@ -20,6 +22,12 @@ PARTS = "resident:0.25,zero-copy:0.5,cpu:0.25"
 AT_ONCE = ["both:2", "both", "cpu", "zero-copy:0.7,cpu:0.3", PARTS]
 native = pytest.mark.skipif(isinstance(find(), str), reason="no compiled kernel for the CPU")
 PLACEMENTS = ["resident", "zero-copy", "cpu", PARTS]
+
+
+@pytest.fixture(autouse=True)
+def give_up_soon(monkeypatch):
+    """A device that nobody answers ends within about a second."""
+    monkeypatch.setattr(crew, "_PATIENCE", 1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,18 @@ def test_a_step_allocates_nothing(directory):
         decoder.step()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@native
+def test_this_device_can_call(monkeypatch):
+    """As every load tries it; and a crew that sleeps is given up, once for all calls of a graph."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    calls = pytest.importorskip("pipeline.hybrid.calls", exc_type=ImportError)
+    assert calls.calls_fail(device) is None
+    monkeypatch.setattr(crew.Crew, "begin", lambda _self, _calls: None)
+    monkeypatch.setattr(calls, "_PATIENCE", 1 << 12)
+    with pytest.raises(ResourceError, match="in time"):
+        calls._try(find(), device)
 
 
 @native

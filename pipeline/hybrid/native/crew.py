@@ -17,6 +17,8 @@ from pipeline.hybrid.records import Layout, host_memory
 
 _REQUEST, _ANSWER, _LATE = 0, 64, 128
 """Bytes from the beginning of a crew's words to each of them."""
+_PATIENCE = 1 << 22
+"""Looks at an answer before the device gives up, each of about a microsecond."""
 _ALWAYS = 1 << 62
 """Calls that are more than any step makes."""
 _NO_EXPERT = 2
@@ -32,6 +34,8 @@ class Crew:
         self.device = device
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         """int64 [1], on the device: calls that it has made."""
+        self.patience = torch.full_like(self.counter, _PATIENCE)
+        """int64 [1], on the device: looks at each answer; 1 since it gave up, until `check`."""
         self._words = host_memory(192, pin=device.type == "cuda")
         self._words.zero_()
         self._late = self._words[_LATE : _LATE + 8].view(torch.int64)
@@ -114,6 +118,7 @@ class Crew:
             raise RuntimeError(f"the device called experts that the CPU does not know ({failed})")
         if int(self._late):
             self._late.zero_()
+            self.patience.fill_(_PATIENCE)
             raise ResourceError(
                 "the CPU did not compute its experts in time, too much else runs on it: stop that, "
                 "or use placement zero-copy"
