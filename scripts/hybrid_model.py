@@ -143,12 +143,13 @@ def _layer(
     block: Records, number: int, shares: Shares, device: torch.device, pinned: bool
 ) -> SplitExperts | HybridExperts | NativeExperts:
     mixed = torch.randperm(block.count, generator=torch.Generator().manual_seed(number))
-    order, start = mixed.tolist(), 0
+    order, done = mixed.tolist(), 0.0
     roads: dict[Road, DeviceRoad] = {}
     cpu: tuple[list[int], HybridExperts | NativeExperts] | None = None
     for road in ROADS:
-        count = round(shares.get(road, 0.0) * block.count)
-        members, start = order[start : start + count], start + count
+        begin, done = round(done * block.count), done + shares.get(road, 0.0)
+        members = order[begin : round(done * block.count)]
+        count = len(members)
         if not members:
             continue
         if road == "cpu":

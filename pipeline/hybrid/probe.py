@@ -67,22 +67,24 @@ def link_rate(device: torch.device, *, staged: bool, nbytes: int = 1 << 27) -> f
 
 
 def tokens_worth(experts: NativeExperts, of: int, top_k: int, seconds: float) -> int | None:
-    """Tokens of a prompt, a power of two, for which the CPU takes longer than so many seconds with
-    its experts of one layer; None: with no chunk of a prompt.
+    """Tokens of a prompt from which on the CPU takes longer than so many seconds with its experts
+    of one layer, between powers of two by a straight line; None: with no chunk of a prompt.
 
     of: experts of the layer, calls of the others being another road's; top_k: calls of a token.
     """
     hidden = experts.records.layout.gate_up.columns
     generator = torch.Generator().manual_seed(0)
-    tokens = _FEWEST
+    tokens, before = _FEWEST, seconds
     while tokens <= PREFILL_CHUNK:
         x = torch.ones((tokens, hidden), dtype=torch.bfloat16)
         index = torch.rand((tokens, of), generator=generator).topk(top_k).indices
         index = index.clamp(max=experts.num_experts)
         weights = torch.ones(index.shape)
-        if _best(partial(experts, x, index, weights)) > seconds:
-            return tokens
-        tokens *= 2
+        took = _best(partial(experts, x, index, weights))
+        if took > seconds:
+            above = (took - seconds) / (took - before)
+            return max(_FEWEST, round(tokens * (1 - above / 2)))
+        tokens, before = 2 * tokens, took
     return None
 
 

@@ -216,7 +216,8 @@ def host_memory(nbytes: int, *, pin: bool) -> Tensor:
     """
     room = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
     skip = -room.data_ptr() % _PAGE
-    data = room[skip : skip + nbytes]
+    # By way of numpy, so that its storage begins there too: `is_pinned` asks for that byte.
+    data = torch.from_numpy(room.numpy()[skip : skip + nbytes])
     if pin:
         pin_memory(data)
     return data

@@ -10,6 +10,7 @@ from test_backends import random_quantized
 from pipeline import hybrid
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import ResourceError, UserError
+from pipeline.hybrid import probe as probing
 from pipeline.hybrid import roads as road_table
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
@@ -169,8 +170,8 @@ def test_the_cpus_rate_is_a_rate(native):
     assert cpu_rate(1 << 21, native) > 0
 
 
-def test_tokens_worth_bringing_experts():
-    """None if bringing takes forever, as few as may be if it takes no time."""
+def test_tokens_worth_bringing_experts(monkeypatch):
+    """None if bringing takes forever, as few as may be if it takes no time; else in between."""
     if isinstance(find(), str):
         pytest.skip(f"no native kernel: {find()}")
     made = {"bits": 4, "group": 32, "symmetric": True}
@@ -179,6 +180,13 @@ def test_tokens_worth_bringing_experts():
     experts = NativeExperts(library, pack(wide, narrow))
     assert tokens_worth(experts, 8, 3, 1e9) is None
     assert tokens_worth(experts, 8, 3, 0.0) == 16
+    times = {16: 1.0, 32: 2.0, 64: 8.0}
+    monkeypatch.setattr(probing, "_best", lambda work: times[len(work.args[0])])
+    for seconds, tokens in ((0.5, 16), (1.0, 16), (1.5, 24), (2.0, 32), (5.0, 48)):
+        assert tokens_worth(experts, 8, 3, seconds) == tokens
+
+
+def test_the_links_rate_is_a_rate():
     for staged in (True, False):
         assert link_rate(torch.device("cpu"), staged=staged, nbytes=1 << 20) > 0
 

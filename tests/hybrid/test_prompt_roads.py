@@ -7,7 +7,7 @@ import torch
 from test_backends import random_quantized
 
 from pipeline.hybrid import stream as module
-from pipeline.hybrid.records import pack
+from pipeline.hybrid.records import host_memory, pack
 from pipeline.hybrid.stream import BOTH, NEAR, Stream, ring
 
 CPU = torch.device("cpu")
@@ -81,6 +81,15 @@ def test_a_thread_that_fails_is_heard(monkeypatch):
     monkeypatch.setattr(stream, "_send", no)
     with pytest.raises(MemoryError, match="as it happens"):
         list(stream.parts(0, BOTH))
+
+
+def test_host_memory_is_asked_about_where_it_begins():
+    """`is_pinned` asks for a storage's first byte, so that it must be locked with the rest."""
+    for nbytes in (1, 5000, 1 << 20):
+        data = host_memory(nbytes, pin=False)
+        storage = data.untyped_storage()
+        assert data.data_ptr() == storage.data_ptr() and data.data_ptr() % 4096 == 0
+        assert len(data) == storage.nbytes() == nbytes
 
 
 def test_buffers():

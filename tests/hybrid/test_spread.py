@@ -1,5 +1,6 @@
 """Kernels of the GPU's roads, and models spread over all roads, under Triton's interpreter."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from pipeline.quantize.tensor import AffineScheme
 
 HERE = Path(__file__).parent
 
@@ -44,3 +48,16 @@ def test_under_the_interpreter(check, part, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(run.stdout.splitlines()) >= 1
+
+
+def test_a_benchmarks_parts_are_every_expert_once():
+    """Of 5 experts three parts would be 2 each, were each rounded by itself."""
+    pytest.importorskip("triton")
+    hybrid_model = importlib.import_module("hybrid_model")
+    device, shares = torch.device("cpu"), {"resident": 0.3, "zero-copy": 0.4, "cpu": 0.3}
+    block = hybrid_model.random_records(5, 64, 32, AffineScheme(4, 32, True))
+    split = hybrid_model._layer(block, 0, shares, device, pinned=False)
+    counts = [split.roads(device).tolist().count(road) for road in range(3)]
+    assert counts == [2, 2, 1]
+    assert [held.records.count for held in split.device_roads.values()] == counts[:2]
+    assert split.host.experts.num_experts == counts[2]
