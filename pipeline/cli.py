@@ -34,8 +34,11 @@ def main() -> None:
     except UserError as error:
         typer.echo(redacted(f"requant: {error}"), err=True)
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt):
-        typer.echo("requant: stopped; the same command goes on from here", err=True)
+    except Interrupted as stopped:
+        typer.echo(f"requant: {stopped}", err=True)
+        sys.exit(130)
+    except KeyboardInterrupt:  # before a verb has begun
+        typer.echo("requant: stopped", err=True)
         sys.exit(130)
 
 

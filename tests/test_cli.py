@@ -351,7 +351,7 @@ def test_generate(output, cli):
 
 
 def test_interrupted(project, cli, monkeypatch):
-    """Ctrl-C: one line that says how to go on, and the usual exit code."""
+    """Ctrl-C: one line, which says of a run how to go on, and the usual exit code."""
 
     def stop(*_arguments):
         raise KeyboardInterrupt
@@ -360,6 +360,10 @@ def test_interrupted(project, cli, monkeypatch):
     answer = cli("run", project.write())
     assert answer.code == 130
     assert answer.err.splitlines()[-1] == "requant: stopped; the same command goes on from here"
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.stages.shard.split_existing", stop)
+    answer = cli("shard", "any", "--output", "split")
+    assert answer.code == 130 and answer.err.splitlines()[-1] == "requant: stopped"
     monkeypatch.undo()
     assert cli("run", project.write(), "--until", "shard").code == 0
 

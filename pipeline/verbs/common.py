@@ -13,8 +13,17 @@ from pipeline import __version__
 from pipeline.secrets import redacted
 
 
+_RESUMED = {"run", "publish"}
+"""Verbs that go on where they were stopped; the others begin anew."""
+
+
 class Interrupted(Exception):
     """Ctrl-C inside a verb; typer would end the program without a word."""
+
+    def __init__(self, verb: str | None) -> None:
+        super().__init__(
+            "stopped; the same command goes on from here" if verb in _RESUMED else "stopped"
+        )
 
 
 class _Verbs(TyperGroup):
@@ -22,7 +31,7 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted from None
+            raise Interrupted(ctx.invoked_subcommand) from None
 
 
 app = typer.Typer(
