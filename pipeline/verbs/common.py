@@ -12,7 +12,6 @@ from typer.core import TyperGroup
 from pipeline import __version__
 from pipeline.secrets import redacted
 
-
 _RESUMED = {"run", "publish"}
 """Verbs that go on where they were stopped; the others begin anew."""
 
