@@ -7,11 +7,12 @@ Weights are random, experts packed in place (`hybrid_model.py`); kernels, roads 
 of a loaded model.  Decode is batch 1, its tokens drawn anew for every step, so that calls spread;
 at long contexts the cache is empty but read in full.  GPU memory is printed after every stage,
 beside what the ledger says (`pipeline/hybrid/ledger.py`).
-A placement is a road, parts such as "resident:0.1,zero-copy:0.9", "follow:0.1": copies of a tenth
-of the zero-copy experts, which follow use, or "both:4": zero-copy experts, of which the CPU takes 4
-of each token's calls, on one thread less than there are.  torch is held to `--device-memory`, less
-what the CUDA context takes.  Figures of fewer layers are also scaled to 48, and said to be.  Below
-them, as the step "peers", is what `hybrid_peers/table.py` times of other runtimes on this machine.
+A placement is a road, or parts such as "resident:0.1,zero-copy:0.9"; "follow:0.1" adds copies of a
+tenth of the experts, which follow use, and "both:4" has the CPU take 4 of each token's calls of
+zero-copy experts, on one thread less than there are; both stand alone too.  torch is held to
+`--device-memory`, less what the CUDA context takes.  Figures of fewer layers are also scaled to 48,
+and said to be.  Below them, as the step "peers", is what `hybrid_peers/table.py` times of other
+runtimes on this machine.
 """
 
 from __future__ import annotations
@@ -52,6 +53,18 @@ FULL_LAYERS = 48
 PROMPTS = (512, 4096, 16384)
 CONTEXTS = (128, 4096, 32768)
 EXPERT_KERNELS = ("_gate_up_kernel", "_down_kernel", "_grouped_kernel")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where experts lie, as `placement` reads it."""
+
+    name: str
+    shares: Shares
+    follow: float
+    """Share of the experts that have a copy on the device, which follows use."""
+    cpu_calls: int | None
+    """Of a token's calls of zero-copy experts; None: they are not divided."""
 
 
 @dataclass
@@ -106,24 +119,22 @@ def machine(device: torch.device) -> dict[str, float]:
     return rates
 
 
-def measure(placement: str, args: argparse.Namespace, device: torch.device) -> Figures:
+def measure(wanted: Placement, args: argparse.Namespace, device: torch.device) -> Figures:
     """Build the model so placed, time it, and let go of it."""
+    placement = wanted.name
     figures = Figures(placement)
     started = time.perf_counter()
-    follow = placement.startswith("follow:")
-    both = placement.startswith("both:")
-    shares: Shares = {"zero-copy": 1.0} if follow or both else _shares(placement)
-    model = build(args.layers, args.experts, device, shares, pinned=not args.unpinned)
-    copies = round(float(placement.partition(":")[2]) * args.experts) if follow else 0
-    begin = {n: range(copies) for n in range(args.layers)} if follow else None
+    model = build(args.layers, args.experts, device, wanted.shares, pinned=not args.unpinned)
+    copies = round(wanted.follow * args.experts)
+    begin = {n: range(copies) for n in range(args.layers)} if copies else None
     top_k = model.config.num_experts_per_tok if device.type == "cuda" else None
     residency = connect(model, begin, top_k=top_k)
     if device.type == "cuda":
-        hand_over(model, fixed(int(placement.partition(":")[2])) if both else None)
+        hand_over(model, None if wanted.cpu_calls is None else fixed(wanted.cpu_calls))
     _wait(device)
     figures.build_seconds = time.perf_counter() - started
     print(f"{placement}: built in {figures.build_seconds:.0f} s", flush=True)
-    if "cpu" in shares:
+    if "cpu" in wanted.shares:
         print(f"{placement}: its experts on the CPU are computed for prompts by", prompts(model))
     longest = max([p + 64 for p in args.prompts] + [c + 256 for c in args.contexts])
     told = stated(model, residency, copies, longest, device)
@@ -317,23 +328,22 @@ def print_table(rows: list[Figures], layers: int) -> None:
             print("  one step:", row.split)
 
 
-def _shares(placement: str) -> Shares:
-    shares: Shares = {}
-    for piece in placement.split(","):
-        road, _, part = piece.partition(":")
-        shares[ROADS[ROADS.index(road)]] = float(part or 1)
-    return shares
-
-
-def placement(text: str) -> str:
+def placement(text: str) -> Placement:
     """ValueError, which argparse reports, for what is no placement."""
-    if text.startswith("follow:"):
-        float(text.removeprefix("follow:"))
-    elif text.startswith("both:"):
-        int(text.removeprefix("both:"))
-    elif abs(sum(_shares(text).values()) - 1) > 1e-6:
+    shares: Shares = {}
+    special: dict[str, str] = {}
+    for piece in text.split(","):
+        road, _, part = piece.partition(":")
+        if road in ("follow", "both"):
+            special[road] = part
+        else:
+            shares[ROADS[ROADS.index(road)]] = float(part or 1)
+    if not shares:
+        shares["zero-copy"] = 1.0
+    if abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(text)
-    return text
+    calls = int(special["both"]) if "both" in special else None
+    return Placement(text, shares, float(special.get("follow", 0)), calls)
 
 
 def limit_memory(device: torch.device, limit: int) -> None:
@@ -370,7 +380,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=FULL_LAYERS)
     parser.add_argument("--experts", type=int, default=512)
-    parser.add_argument("--placements", nargs="+", type=placement, default=["zero-copy"])
+    parser.add_argument("--placements", nargs="+", type=placement, default=[placement("zero-copy")])
     parser.add_argument(
         "--steps", nargs="+", choices=("machine", "prefill", "decode", "peers"),
         default=["machine", "prefill", "decode", "peers"],
