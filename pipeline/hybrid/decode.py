@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.collection import collection_paused
 from pipeline.errors import UserError
 from pipeline.hybrid.cache import PREFILL_CHUNK, FixedCache
-from pipeline.hybrid.handover import Handover
+from pipeline.hybrid.native.crew import crew_of
 from pipeline.hybrid.residency import DECAY, Residency
 from pipeline.hybrid.steps import STEPS, Frame
 
@@ -50,8 +51,7 @@ class Decoder:
         cuda = model.device.type == "cuda"
         self._kernels = cuda if kernels is None else kernels
         self._graphs = cuda if graphs is None else graphs
-        handovers: list[Handover | None] = [getattr(m, "handover", None) for m in model.modules()]
-        self._crew = next((its.crew for its in handovers if its is not None), None)
+        self._crew = crew_of(model)
         self._calls = 0
         self._halves: list[Any] = []
         self._captured: list[tuple[torch.cuda.CUDAGraph, Host | None]] = []
@@ -163,8 +163,10 @@ class Decoder:
         self._rotary = self._turn()
         self._frame = Frame(self._hidden, self._rotary, self._position, self._begins, self.cache)
         halves = STEPS[self.model.config.model_type]
+        made: list[Any] = []
         for number, layer in enumerate(self.model.model.layers):
-            self._halves += halves(layer, number, self._frame, kernels=self._kernels)
+            made += halves(layer, number, self._frame, kernels=self._kernels)
+        self._halves = made  # all or none, should this be interrupted
 
     def _turn(self) -> tuple[Tensor, Tensor]:
         positions = (self._position - self._begins).unsqueeze(1)
@@ -194,20 +196,28 @@ class Decoder:
         with self._awake():
             for host in self._pieces():
                 host()
-        self._calls = 0 if self._crew is None else self._crew.served - served
+        if self._crew is not None:
+            self._crew.check()
+            self._calls = self._crew.served - served
         for state, old in zip(self.cache.all_states(), kept, strict=True):
             state.copy_(old)
         self.tokens.copy_(before[0])
         self._position.copy_(before[1])
         del kept
+        with collection_paused():  # the end of another model's pinned memory would be in the graph
+            self._captured = self._record()
+
+    def _record(self) -> list[tuple[torch.cuda.CUDAGraph, Host | None]]:
         pieces = self._pieces()
         pool = torch.cuda.graph_pool_handle()
+        captured: list[tuple[torch.cuda.CUDAGraph, Host | None]] = []
         after: Host | None = _nothing
         while after is not None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 after = next(pieces, None)
-            self._captured.append((graph, after))
+            captured.append((graph, after))
+        return captured
 
 
 def _nothing() -> None:

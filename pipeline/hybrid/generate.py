@@ -16,6 +16,7 @@ from pipeline.calibration import Tokenizer, load_tokenizer
 from pipeline.checkpoint.admission import refuse_unfinished
 from pipeline.errors import CheckpointError, UserError
 from pipeline.hybrid.loader import load
+from pipeline.hybrid.native.crew import crew_of
 from pipeline.hybrid.use import Shares, UseCounter
 
 
@@ -89,7 +90,7 @@ def stream_text(
     is loaded, what it cannot do as asked; `count_use`: count which roads experts' calls take;
     `native`, `follow_use`: see `hybrid.load`.
     Raises CheckpointError for a tokenizer that is missing or damaged, UserError for an empty
-    prompt, and what `load` raises.
+    prompt, what `load` raises, and what `Crew.check` finds.
     """
     path = Path(model)
     if not path.is_dir():
@@ -126,6 +127,8 @@ def stream_text(
             max_new_tokens=max_new_tokens,
             streamer=stream,
         )
+    if (crew := crew_of(loaded)) is not None:
+        crew.check()  # the last step: there is none behind it that would
     made = stream.times[1:]
     return Generated(
         prompt_tokens=ids.numel(),

@@ -120,6 +120,7 @@ class SplitExperts(nn.Module):
         records, pinned = torch.zeros((2, self.num_experts), dtype=torch.int64)
         for road, held in self._in_ram.items():
             records[list(held.experts)] = held.records.addresses()
+            crew.hold(held.records.data)
             if road == "zero-copy":
                 pinned[list(held.experts)] = held.records.addresses()
         self.handover = Handover(crew, self.layout, records, pinned.to(self.table.device), division)

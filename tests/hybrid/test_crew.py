@@ -5,6 +5,7 @@ import gc
 import random
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,17 +42,22 @@ class Caller:
         )
 
     def call(self, x, index, weights):
+        self.ask(x, index, weights)
+        return self.answer()
+
+    def ask(self, x, index, weights):
         self.x.copy_(x)
         self.index.copy_(index)
         self.weights.copy_(weights)
         self.out.fill_(float("nan"))
-        words = ctypes.c_uint64.from_address(self.crew.request)
-        answer = ctypes.c_uint64.from_address(self.crew.answer)
         self.crew.counter += 1
-        number = int(self.crew.counter)
-        words.value = self.desk << 32 | number
+        word = self.desk << 32 | int(self.crew.counter)
+        ctypes.c_uint64.from_address(self.crew.request).value = word
+
+    def answer(self):
+        answer = ctypes.c_uint64.from_address(self.crew.answer)
         end = time.monotonic() + 60
-        while answer.value != number:
+        while answer.value != int(self.crew.counter):
             assert time.monotonic() < end, "no answer"
             time.sleep(0)
         return self.out.clone()
@@ -84,8 +90,9 @@ def test_sleeps_and_wakes():
     caller = Caller(crew, module, 2, 4)
     calls = _calls(2, 256)
     for _ in range(3):
-        with crew.awake():
+        with suppress(KeyboardInterrupt), crew.awake():  # and however that step ends
             caller.call(*calls)
+            raise KeyboardInterrupt
         deadline = time.monotonic() + 60
         while True:  # however slow the machine is, they sleep in the end
             before = time.process_time()
@@ -93,6 +100,22 @@ def test_sleeps_and_wakes():
             if time.process_time() - before < 0.1:
                 break
             assert time.monotonic() < deadline, "threads never sleep"
+
+
+def test_a_call_that_was_not_begun():
+    """It is served with the next step's, of which it takes none away."""
+    crew = Crew(FOUND, CPU, 2)
+    module, *_ = _experts(4, 128, 256, 128, symmetric=True)
+    caller = Caller(crew, module, 1, 4)
+    for begun in (0, 1, 0, 1):
+        calls = _calls(1, 256)
+        if begun:
+            crew.begin(1)
+        caller.ask(*calls)
+        if not begun:
+            crew.begin(0)
+        assert torch.equal(caller.answer().bfloat16(), module(*calls))
+    assert crew.served == 4
 
 
 def test_an_index_that_is_none_is_told():

@@ -25,9 +25,12 @@
 /* Calls that a crew can know: layers times numbers of tokens. */
 #define MOST_DESKS 8192
 /* Rounds of spinning, some milliseconds, before a thread without work sleeps; while calls of a step
- * are due, the first thread then looks every NAP nanoseconds: the device is busy elsewhere. */
+ * are due, the first thread then looks every NAP nanoseconds: the device is busy elsewhere.  Naps
+ * grow up to twenty times as long, as a step that was broken off leaves calls that never come. */
 #define ROUNDS 100000
 #define NAP 50000
+#define NAPS_ALIKE 100
+#define LONGEST 20
 /* Naps without a call after which a crew that is to end gives up those that are due. */
 #define LAST_NAPS 400
 
@@ -67,9 +70,10 @@ static void rouse(Crew *crew)
     pthread_mutex_unlock(&crew->lock);
 }
 
-static void nap(void)
+static void nap(long before)
 {
-    struct timespec time = {.tv_nsec = NAP};
+    long times = 1 + before / NAPS_ALIKE;
+    struct timespec time = {.tv_nsec = NAP * (times < LONGEST ? times : LONGEST)};
     nanosleep(&time, NULL);
 }
 
@@ -95,7 +99,7 @@ static uint64_t next_call(Crew *crew, uint64_t last)
             continue;
         }
         if (atomic_load(&crew->closing) && round > ROUNDS + LAST_NAPS) return 0;
-        nap();
+        nap(round - ROUNDS);
     }
 }
 
@@ -111,8 +115,18 @@ static void serve(Crew *crew, uint64_t word)
                (size_t)(desk->job.tokens * desk->layer.down.rows) * sizeof(float));
     if (failed) atomic_store(&crew->failed, failed);
     atomic_fetch_add(&crew->served, 1);
-    atomic_fetch_sub(&crew->due, 1); /* before the answer, at which the step may end */
+    /* Before the answer, at which the step may end; not below 0, where none was due any more. */
+    int64_t due = atomic_load(&crew->due);
+    while (due > 0 && !atomic_compare_exchange_weak(&crew->due, &due, due - 1)) {}
     atomic_store_explicit(crew->answer, word & UINT32_MAX, memory_order_release);
+}
+
+/* Whether the first thread has something to do: calls are due, or one came that was not known of,
+ * as after a step whose calls were served late. */
+static int called(Crew *crew, uint64_t last)
+{
+    return atomic_load(&crew->due) > 0 ||
+           atomic_load_explicit(crew->request, memory_order_acquire) != last;
 }
 
 static void *lead(void *argument)
@@ -120,15 +134,15 @@ static void *lead(void *argument)
     Crew *crew = argument;
     uint64_t last = 0; /* a first call may be there before this thread is */
     for (;;) {
-        for (long round = 0; round < ROUNDS && atomic_load(&crew->due) <= 0; round++) {
+        for (long round = 0; round < ROUNDS && !called(crew, last); round++) {
             if (atomic_load(&crew->closing)) break;
             breathe(round);
         }
         pthread_mutex_lock(&crew->lock);
-        while (atomic_load(&crew->due) <= 0 && !atomic_load(&crew->closing))
+        while (!called(crew, last) && !atomic_load(&crew->closing))
             pthread_cond_wait(&crew->step, &crew->lock);
         pthread_mutex_unlock(&crew->lock);
-        if (atomic_load(&crew->due) <= 0) return NULL;
+        if (!called(crew, last)) return NULL;
         rouse(crew);
         for (uint64_t word; (word = next_call(crew, last)); last = word) serve(crew, word);
         if (atomic_load(&crew->closing)) return NULL;

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import ResourceError
-from pipeline.hybrid.native.experts import sizes_of
+from pipeline.hybrid.native.experts import NO_EXPERT, sizes_of
 from pipeline.hybrid.native.library import Library
 from pipeline.hybrid.records import Layout, host_memory
 
@@ -21,8 +22,6 @@ _PATIENCE = 1 << 22
 """Looks at an answer before the device gives up, each of about a microsecond."""
 _ALWAYS = 1 << 62
 """Calls that are more than any step makes."""
-_NO_EXPERT = 2
-"""A result of calls in layer.c."""
 
 
 class Crew:
@@ -44,7 +43,7 @@ class Crew:
             raise ResourceError("no threads can be started for the CPU's experts")
         self._handle = handle
         self._held: list[Tensor] = [self._words]
-        weakref.finalize(self, _close, library, handle, self._held, os.getpid())
+        weakref.finalize(self, _close, library, handle, self._held, device, os.getpid())
 
     @property
     def request(self) -> int:
@@ -86,6 +85,10 @@ class Crew:
         self._held += [records, x, index, weights, out]
         return number
 
+    def hold(self, experts: Tensor) -> None:
+        """Keep memory that its threads read: it goes after them, whatever a step still computes."""
+        self._held.append(experts)
+
     def begin(self, calls: int) -> None:
         """A step that calls so often is about to be queued: wake the threads."""
         self.library.crew.begin(self._handle, calls)
@@ -96,6 +99,12 @@ class Crew:
         self.begin(_ALWAYS)
         try:
             yield
+        finally:  # also calls that an exception left queued are answered
+            self._rest()
+
+    def _rest(self) -> None:
+        """Wait for what is queued; then none is due."""
+        try:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         finally:
@@ -107,25 +116,38 @@ class Crew:
         return self.library.crew.served(self._handle)
 
     def check(self) -> None:
-        """Whether all calls went well since this was asked last; waits for nothing.
+        """Whether all calls went well since this was asked last; waits for nothing if so.
 
-        IndexError for an expert that there is not, ResourceError for an answer that came too late.
+        IndexError for an expert that there is not, ResourceError for an answer that came too late,
+        when what is queued by then is waited for.
         """
         failed = self.library.crew.failed(self._handle)
-        if failed == _NO_EXPERT:
+        if failed == NO_EXPERT:
             raise IndexError("the router chose an expert that there is not")
         if failed:
             raise RuntimeError(f"the device called experts that the CPU does not know ({failed})")
         if int(self._late):
+            self._rest()
             self._late.zero_()
             self.patience.fill_(_PATIENCE)
             raise ResourceError(
-                "the CPU did not compute its experts in time, too much else runs on it: stop that, "
-                "or use placement zero-copy"
+                "the CPU did not compute its experts in time: too much else runs on it, or this "
+                "process was stopped for a while; free it, or use placement zero-copy"
             )
 
 
-def _close(library: Library, handle: int, held: list[Tensor], process: int) -> None:
+def crew_of(model: nn.Module) -> Crew | None:
+    """The crew that a model's decode steps call, if they call one."""
+    handovers: list[Any] = [getattr(module, "handover", None) for module in model.modules()]
+    return next((its.crew for its in handovers if its is not None), None)
+
+
+def _close(
+    library: Library, handle: int, held: list[Tensor], device: torch.device, process: int
+) -> None:
     if os.getpid() == process:  # a forked child has no threads to end
+        if device.type == "cuda":
+            with suppress(RuntimeError):  # a device that fails has said so where it did
+                torch.cuda.synchronize(device)
         library.crew.close(handle)
     held.clear()

@@ -16,8 +16,8 @@ from pipeline.quantize.tensor import QuantizedTensor
 if TYPE_CHECKING:
     from pipeline.hybrid.handover import Handover
 
-_NO_MEMORY, _NO_EXPERT = 1, 2
-"""Results of `requant_experts` in layer.c."""
+_NO_MEMORY, NO_EXPERT = 1, 2
+"""Results of calls in layer.c."""
 
 _ROOM = 1 << 26
 """Bytes of products that wait to be added up; more tokens are taken in turns."""
@@ -125,7 +125,7 @@ class NativeExperts(nn.Module):
         )
         if failed == _NO_MEMORY:
             raise MemoryError("no memory for the experts' products")
-        if failed == _NO_EXPERT:
+        if failed == NO_EXPERT:
             raise IndexError(f"an expert's index is not within 0 and {self.num_experts}")
 
     def extra_repr(self) -> str:
