@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -51,12 +52,14 @@ class UseCounter:
             for layer in layers
         }
         self._hooks = []
-        self._in_pieces: list[Any] = []
+        self._wrapped: list[tuple[Any, str]] = []
         for module, calls in zip(modules, self._calls.values(), strict=True):
             self._hooks.append(module.register_forward_pre_hook(_counting(calls)))
-            if hasattr(module, "pieces"):  # decoding's way, past the module's call
-                module.pieces = _also(_counting(calls, decoding=True), module)
-                self._in_pieces.append(module)
+            owner, method = _decoding_way(module)
+            if owner is not None:
+                count = partial(_counting(calls, decoding=True), module)
+                setattr(owner, method, _also(count, getattr(owner, method)))
+                self._wrapped.append((owner, method))
 
     def take(self) -> Shares:
         """The shares since it was opened or last taken; layers without a call are left out."""
@@ -73,8 +76,8 @@ class UseCounter:
         """Count no more."""
         for hook in self._hooks:
             hook.remove()
-        for module in self._in_pieces:
-            del module.pieces
+        for owner, method in self._wrapped:
+            delattr(owner, method)
 
 
 def _counting(
@@ -92,12 +95,19 @@ def _counting(
     return count
 
 
-def _also(count: Callable[[nn.Module, tuple[Tensor, ...]], None], module: Any) -> Any:  # noqa: ANN401
-    """The module's `pieces`, its calls counted first."""
-    pieces = module.pieces
+def _decoding_way(module: Any) -> tuple[Any, str]:  # noqa: ANN401
+    """What a decode step calls instead of the module, if it does, and by which method: all of these
+    take tokens, then choices, then weights."""
+    if hasattr(module, "pieces"):
+        return module, "pieces"
+    return getattr(module, "handover", None), "send"  # the CPU's experts, called by the device
 
-    def counted(*inputs: Tensor) -> Any:  # noqa: ANN401
-        count(module, inputs)
-        return pieces(*inputs)
+
+def _also(count: Callable[[tuple[Any, ...]], None], method: Callable[..., Any]) -> Any:  # noqa: ANN401
+    """The method, its calls counted first."""
+
+    def counted(*inputs: Any) -> Any:  # noqa: ANN401
+        count(inputs)
+        return method(*inputs)
 
     return counted
