@@ -300,16 +300,18 @@ class _Loader:
             runtime.connect(self.model, places.copies, top_k=top_k, buffers=places.buffers)
             if self._native:
                 self._hand_over(runtime.hand_over_as)
-                if self._cpu_calls != 0 and not self._divided:
-                    self.remarks.append("decoding leaves the CPU no calls of zero-copy experts")
             if any("cpu" in roads for roads in places.homes.values()):
                 self._prompts = runtime.prompts(self.model) + places.why_not
             torch.cuda.empty_cache()  # what laying out experts took is free for prompts' needs
 
-    def _hand_over(self, hand_over_as: Callable[[PreTrainedModel, str, int | None], int]) -> None:
+    def _hand_over(
+        self, hand_over_as: Callable[[PreTrainedModel, str, int | None], tuple[int, str]]
+    ) -> None:
         """Decoding goes through Python where it cannot be handed over, unless that was wanted."""
         try:
-            self._divided = hand_over_as(self.model, self._request, self._cpu_calls)
+            self._divided, why_not = hand_over_as(self.model, self._request, self._cpu_calls)
+            if self._cpu_calls != 0 and not self._divided:
+                self.remarks.append(f"the CPU gets no calls of zero-copy experts: {why_not}")
         except ResourceError as error:
             if self._cpu_calls != 0:
                 raise

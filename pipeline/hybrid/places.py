@@ -7,7 +7,7 @@ sides read the same records and there is room for a ring; so they are pinned whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.hybrid.ledger import Experts, Ledger, ledger, resident_threads
-from pipeline.hybrid.native.library import find
 from pipeline.hybrid.placing import Table, as_copies, by_request
 from pipeline.hybrid.roads import (
     CHOSEN,
@@ -26,6 +25,7 @@ from pipeline.hybrid.roads import (
     kernels_fail,
 )
 from pipeline.hybrid.routed import LayoutError, RoutedExperts
+from pipeline.hybrid.steps import STEPS
 from pipeline.hybrid.stream import BOTH, LEAST_PARTS, NEAR, PARTS
 from pipeline.models.architecture import Geometry
 
@@ -103,7 +103,7 @@ def find_places(
             layer: replace(known, expert_nbytes=experts.layout(layer).nbytes)
             for layer, known in layers.items()
         }
-    dividing = machine.native and machine.dtype == torch.bfloat16 and not isinstance(find(), str)
+    dividing = placement == "fill" and cuda and fit.divides(layers)
     found.roads, remarks = choose(placement, layers, machine.device, room, machine.native, dividing)
     found.remarks += remarks
     found.homes = found.roads
@@ -135,6 +135,11 @@ class _Fit:
     def allowed(self) -> int:
         """Bytes of the GPU."""
         return allowed_on(self.machine.device, self.machine.limit)
+
+    def divides(self, layers: Iterable[int]) -> bool:
+        """Whether decode steps may give calls of all these layers' zero-copy experts to the CPU."""
+        native = all(map(self.experts.native, layers)) and kernels_fail(self.machine.device) is None
+        return native and STEPS.get(self.config.model_type) is not None
 
     def ledger(self, homes: Table, copies: Mapping[int, list[int]]) -> Ledger:
         """What the GPU will hold, with as large a ring as there is room for; where there is none

@@ -184,8 +184,8 @@ def _parse(request: str) -> list[tuple[Road, float]]:
             share = -1.0
         if road is None or not 0 <= share <= 1:
             raise UserError(
-                f'placement "{request}": "{piece.strip()}" is no road: say auto, fill, one of '
-                f"{', '.join(ROADS)}, or parts such as resident:0.1,zero-copy:0.5,cpu:0.4"
+                f'placement "{request}": "{piece.strip()}" is no road: say auto, fill, {BOTH}, one '
+                f"of {', '.join(ROADS)}, or parts such as resident:0.1,zero-copy:0.5,cpu:0.4"
             )
         parts.append((road, share))
     if abs(sum(share for _, share in parts) - 1) > 1e-6:

@@ -9,6 +9,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from pipeline.errors import ResourceError
 from pipeline.hybrid.cache import PREFILL_CHUNK
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import Rates
@@ -28,13 +29,28 @@ _BESIDE = 0.2
 
 
 @cache
-def probe(device: torch.device, native: bool = True, nbytes: int = 1 << 27) -> Rates:
+def probe(device: torch.device, native: bool = True, threads: int | None = None) -> Rates:
     """Measure copies from pinned memory, then, side by side, such copies and the CPU's products.
 
-    Both read the same memory, so each has what the other leaves.  native: see `load`.
+    Both read the same memory, so each has what the other leaves.  native: see `load`; threads: that
+    compute, all by default.  ResourceError where no memory can be pinned for it.
     """
-    pinned = host_memory(nbytes, pin=True)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    everywhere = torch.get_num_threads()
+    torch.set_num_threads(threads or everywhere)
+    try:
+        return _side_by_side(device, native, 1 << 27)
+    finally:
+        torch.set_num_threads(everywhere)
+
+
+def _side_by_side(device: torch.device, native: bool, nbytes: int) -> Rates:
+    try:
+        pinned = host_memory(nbytes, pin=True)
+        target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        raise ResourceError(
+            "no memory is left to measure PCIe and CPU with: free some, or use placement zero-copy"
+        ) from error
     work, read = _products(nbytes, native)
     work()
     seconds = _copying(pinned, target)

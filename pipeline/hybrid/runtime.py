@@ -15,9 +15,10 @@ from pipeline.hybrid.generation import install
 from pipeline.hybrid.handover import Handover
 from pipeline.hybrid.native.crew import Crew
 from pipeline.hybrid.native.experts import NativeExperts
-from pipeline.hybrid.native.library import find, takes, threads
+from pipeline.hybrid.native.library import crew_threads, find, takes
 from pipeline.hybrid.placing import Division, Road, copies_each, divide, fixed, worth_dividing
 from pipeline.hybrid.probe import link_rate, probe, tokens_worth
+from pipeline.hybrid.records import Layout
 from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.roads import CHOSEN
 from pipeline.hybrid.split import SplitExperts
@@ -65,29 +66,42 @@ def connect(
     return residency
 
 
-def hand_over_as(model: PreTrainedModel, placement: str, cpu_calls: int | None) -> int:
+def hand_over_as(model: PreTrainedModel, placement: str, cpu_calls: int | None) -> tuple[int, str]:
     """`hand_over` as a placement wants it; "auto" and "fill" divide calls of zero-copy experts
     where that was measured to be faster.
 
-    cpu_calls: see `placing.divided`.  Returns how many of a token's calls the CPU takes.
+    cpu_calls: see `placing.divided`.  Returns how many of a token's calls the CPU takes, and why
+    that is none.
     """
     calls: int = model.config.num_experts_per_tok
     splits = [m for m in model.modules() if isinstance(m, SplitExperts)]
     layouts = {m.layout for m in splits if "zero-copy" in m.device_roads}
-    native = all(takes(part) for k in layouts for part in (k.gate_up, k.down))
-    if not layouts or not native or not _decodes(model):
+    if why_not := _cannot_divide(model, layouts):
         hand_over(model)
-        return 0
+        return 0, why_not
     division = None
     if cpu_calls is None or placement in CHOSEN:
         size = max(layout.nbytes for layout in layouts)
-        rates = probe(model.device)
+        rates = probe(model.device, threads=crew_threads())
         if cpu_calls is None or worth_dividing(rates, size, calls):
             division = divide(rates, size)
     elif cpu_calls:
         division = fixed(cpu_calls)
     hand_over(model, division)
-    return 0 if division is None else division(calls, 1)
+    number = 0 if division is None else division(calls, 1)
+    return number, "" if number else "it was measured to be slower"
+
+
+def _cannot_divide(model: PreTrainedModel, layouts: set[Layout]) -> str:
+    """Why calls of zero-copy experts, of these layouts, are the device's alone; "" if they need not
+    be."""
+    if not layouts:
+        return "there are none"
+    if not _decodes(model):
+        return f"{model.config.model_type} decodes as transformers does it"
+    if not all(takes(part) for layout in layouts for part in (layout.gate_up, layout.down)):
+        return "the compiled kernel does not take their format"
+    return ""
 
 
 def _decodes(model: PreTrainedModel) -> bool:
@@ -114,10 +128,11 @@ def hand_over(model: PreTrainedModel, division: Division | None = None) -> bool:
         return False
     if failed := calls_fail(model.device):
         raise ResourceError(f"the device cannot call the CPU's threads: {failed}")
-    crew = Crew(found, model.device, max(1, threads() - 1))  # one core is Python's
+    crew = Crew(found, model.device, crew_threads())
     for split in splits:
         split.hand_over(crew, division or fixed(0))
     for experts in whole:
+        crew.hold(experts.records.data)
         nothing = torch.zeros(experts.num_experts, dtype=torch.int64, device=model.device)
         experts.handover = Handover(
             crew, experts.records.layout, experts.records.addresses(), nothing, division or fixed(0)

@@ -40,7 +40,8 @@ def layers(out: Path) -> None:
         index = torch.stack([torch.randperm(count)[:top_k] for _ in range(tokens)])
         want = [module(x, index, weights) for module in experts]
         for share in [0] if placement == "cpu" else random.sample(range(1, top_k + 1), 1):
-            assert runtime.hand_over(model, fixed(share))
+            told = runtime.hand_over_as(model, "both", share)
+            assert told == ((0, "there are none") if placement == "cpu" else (share, ""))
             crew = experts[0].handover.crew
             for module, expected in zip(experts, want, strict=True):
                 with crew.awake():
@@ -49,8 +50,27 @@ def layers(out: Path) -> None:
                 assert error < BOUND, (placement, share, error)
                 if isinstance(module, SplitExperts):
                     _check_roads(module, index, share)
+                held = {tensor.data_ptr() for tensor in crew._held}
+                assert {its.data_ptr() for its in _in_ram(module)} <= held
             crew.check()
             assert crew.served == len(experts)
+
+
+def undivided(out: Path) -> None:
+    """What keeps the CPU from calls that it was to get is said."""
+    wide = write_output(MODELS / "micro-nf4", out / "8", AffineScheme(8, 64, True))
+    model = hybrid.load(wide, device="cpu", placement="zero-copy")
+    told = runtime.hand_over_as(model, "both", 2)
+    assert told == (0, "the compiled kernel does not take their format")
+    model.config.model_type = "qwen3_moe"
+    calls, why = runtime.hand_over_as(model, "both", 2)
+    assert calls == 0 and "qwen3_moe" in why
+
+
+def _in_ram(module):
+    if isinstance(module, SplitExperts):
+        return [records.data for records in module.in_ram.values()]
+    return [module.records.data]
 
 
 def _finish(pieces):
@@ -114,10 +134,15 @@ def _compared(module, errors):
 
 
 def late(out: Path) -> None:
-    """A crew that is not woken: the device gives up, and the next step says so."""
+    """A crew that is not woken: the device gives up, the next step says so, and all is well."""
     model = hybrid.load(out, device="cpu", placement="cpu")
     assert runtime.hand_over(model)
+    counter = UseCounter(model)
     decoder = Decoder(model, 1, 24, kernels=True)
+    decoder.prefill(torch.randint(5, 512, (1, 6)))
+    counter.take()
+    decoder.step()
+    assert list(counter.take().values()) == [{"cpu": 1.0}] * len(model.model.layers)
     decoder.prefill(torch.randint(5, 512, (1, 6)))
     decoder._awake = nullcontext
     decoder._crew.patience.fill_(20)
@@ -127,8 +152,12 @@ def late(out: Path) -> None:
         decoder.step()
     except ResourceError as error:
         assert "in time" in str(error)
-        return
-    raise AssertionError("nothing was said")
+    else:
+        raise AssertionError("nothing was said")
+    del decoder._awake
+    for _ in range(2):
+        decoder.step()
+    decoder._crew.check()
 
 
 if __name__ == "__main__":
@@ -140,5 +169,6 @@ if __name__ == "__main__":
     small_tiles()
     made = write_output(MODELS / "micro-nf4", Path(sys.argv[2]), AffineScheme(4, 64, True))
     layers(made)
+    undivided(Path(sys.argv[2]))
     steps(made)
     late(made)

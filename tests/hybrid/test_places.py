@@ -26,7 +26,7 @@ LAYERS = {layer: LayerExperts(MADE.experts, LAYOUT.nbytes) for layer in GEOMETRY
 def found(monkeypatch):
     """Places on a card of so many free GiB, beside so much RAM, of the 80B model's experts."""
 
-    def find(placement, gpu, ram=64.0, native=True, follow_use=True):
+    def find(placement, gpu, ram=64.0, native=True, follow_use=True, model_type=None):
         free = int(gpu * GIB) - ledger.CONTEXT
         memory = SimpleNamespace(available=int(ram * GIB))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GIB))
@@ -38,6 +38,7 @@ def found(monkeypatch):
         device = torch.device("cuda")
         machine = places.Machine(device, torch.bfloat16, None, None, follow_use, native)
         config = model_config(MADE.config)
+        config.model_type = model_type or config.model_type
         return places.find_places(
             placement, LAYERS, experts, config, GEOMETRY, WEIGHTS, machine, "model"
         )
@@ -72,6 +73,15 @@ def test_what_fill_leaves_is_a_whole_ring(found, monkeypatch):
     monkeypatch.setattr(roads, "probe", lambda *_: Rates(pcie=50e9, cpu=20e9))
     made = found("fill", 10.0)
     assert made.copies and made.buffers == 8 and made.ledger.total <= 10 * GIB
+
+
+def test_fill_gives_the_cpu_experts_where_calls_cannot_be_divided(found, monkeypatch):
+    """Without the compiled kernel, for a format that it does not take, and where decoding is
+    transformers' own."""
+    monkeypatch.setattr(roads, "probe", lambda *_: Rates(pcie=50e9, cpu=60e9))
+    assert "cpu" not in found("fill", 10.0).roads[0]
+    assert "cpu" in found("fill", 10.0, native=False).roads[0]
+    assert "cpu" in found("fill", 10.0, model_type="qwen3_moe").roads[0]
 
 
 @pytest.mark.parametrize(("ram", "pinning"), [(64, True), (42, True), (41, False)])

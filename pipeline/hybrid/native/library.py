@@ -154,6 +154,11 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+def crew_threads() -> int:
+    """As many as a crew gets: one core is Python's, which queues the steps."""
+    return max(1, threads() - 1)
+
+
 _forked = False
 
 
