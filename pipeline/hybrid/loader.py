@@ -29,6 +29,7 @@ from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.modules import QuantizedLinear
 from pipeline.hybrid.native import dense, steps
 from pipeline.hybrid.native.library import find
+from pipeline.hybrid.native.library import name as kernel_name
 from pipeline.hybrid.places import Machine, Places, find_places
 from pipeline.hybrid.placing import count, divided
 from pipeline.hybrid.roads import CHOSEN, kernels_fail, known_use
@@ -231,7 +232,8 @@ class _Loader:
         missing = find()
         native = self._native and self.dtype == torch.bfloat16
         if self._cpu_calls != 0 and (not native or isinstance(missing, str)):
-            why = missing if native else "dtype or native keep it out"
+            why = str(missing) if native else "it computes in bfloat16"
+            why = why if self._native else "it is not to be used (native, --no-native)"
             raise UserError(f'placement "{self._request}" needs the compiled kernel: {why}')
         machine = Machine(self.device, self.dtype, limit, host, self._follow_use, self._native)
         self._places = find_places(
@@ -310,7 +312,9 @@ class _Loader:
         """Decoding goes through Python where it cannot be handed over, unless that was wanted."""
         try:
             self._divided, why_not = hand_over_as(self.model, self._request, self._cpu_calls)
-            if self._cpu_calls != 0 and not self._divided:
+            if self._divided:
+                self._backends["experts"][kernel_name()] += self._backends["experts"]["triton"]
+            elif self._cpu_calls != 0:
                 self.remarks.append(f"the CPU gets no calls of zero-copy experts: {why_not}")
         except ResourceError as error:
             if self._cpu_calls != 0:

@@ -87,8 +87,8 @@ def hand_over_as(model: PreTrainedModel, placement: str, cpu_calls: int | None) 
             division = divide(rates, size)
     elif cpu_calls:
         division = fixed(cpu_calls)
-    hand_over(model, division)
     number = 0 if division is None else division(calls, 1)
+    hand_over(model, division if number else None)
     return number, "" if number else "it was measured to be slower"
 
 
@@ -121,7 +121,7 @@ def hand_over(model: PreTrainedModel, division: Division | None = None) -> bool:
     if isinstance(found, str) or not _decodes(model):
         return False
     splits = [m for m in model.modules() if isinstance(m, SplitExperts)]
-    splits = [m for m in splits if m.host is not None or division is not None]
+    splits = [m for m in splits if m.host or (division and "zero-copy" in m.device_roads)]
     inside = {id(m.host.experts) for m in splits if m.host is not None}
     whole = [m for m in model.modules() if isinstance(m, NativeExperts) and id(m) not in inside]
     if not splits and not whole:

@@ -198,7 +198,8 @@ def stats_tables(made: Generated) -> list[Table]:
     if placed["prompts"]:
         pairs["experts, cpu, in prompts"] = f"computed by {placed['prompts']}"
     if some := placed["cpu_calls"]:
-        pairs["calls divided"] = f"in decoding, the CPU computes {some} of a token's in every layer"
+        most = "at most " if any(road == "resident" for road, *_ in roads) else ""
+        pairs["calls divided"] = f"in decoding, the CPU computes {most}{some} of a token's a layer"
     pairs["experts by"] = ", ".join(placed["backends"]["experts"])
     tables = [pairs_table("generated", pairs)]
     if counted := placed["ledger"]:

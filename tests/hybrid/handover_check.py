@@ -62,6 +62,8 @@ def undivided(out: Path) -> None:
     model = hybrid.load(wide, device="cpu", placement="zero-copy")
     told = runtime.hand_over_as(model, "both", 2)
     assert told == (0, "the compiled kernel does not take their format")
+    resident = hybrid.load(wide, device="cpu", placement="resident")
+    assert not runtime.hand_over(resident, fixed(2))
     model.config.model_type = "qwen3_moe"
     calls, why = runtime.hand_over_as(model, "both", 2)
     assert calls == 0 and "qwen3_moe" in why

@@ -1,6 +1,10 @@
 """Where experts were, in words."""
 
+import pytest
+
+from pipeline.hybrid.generate import Generated
 from pipeline.report.roads import by_layer, by_road
+from pipeline.report.tables import stats_tables
 
 
 def test_copies_that_followed_use_have_a_row():
@@ -10,6 +14,23 @@ def test_copies_that_followed_use_have_a_row():
         ("resident", "copies", "87.50\u00a0%"),
         ("zero-copy", "1.0 MiB", "12.50\u00a0%"),
     ]
+
+
+@pytest.mark.parametrize("resident", [0.0, 0.2])
+def test_divided_calls_are_the_cpus(resident):
+    use = {"0": {"resident": resident, "zero-copy": 0.3, "cpu": 0.7 - resident}}
+    rows = by_road({"zero-copy": 1 << 20}, use)
+    assert (rows[-1][0], rows[-1][2]) == ("cpu", "those of zero-copy")
+    placed = {
+        "request": "fill", "device": "cuda:0", "load_seconds": 1.0,
+        "expert_bytes": {"zero-copy": 5}, "prompts": "", "cpu_calls": 6,
+        "backends": {"experts": {"triton": 2}}, "ledger": {},
+        "experts": {"0": "zero-copy"},
+    }  # fmt: skip
+    made = Generated(5, 6, 1.0, 1.0, placed, use, use)
+    cells = list(stats_tables(made)[0].columns[1].cells)
+    most = "at most " if resident else ""
+    assert f"in decoding, the CPU computes {most}6 of a token's a layer" in cells
 
 
 def test_layers_show_roads_that_calls_took():
