@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
@@ -26,8 +28,26 @@ def use_threads(wanted: int | None = None) -> None:
     """Set torch's thread count; without `wanted` one per physical core that we may run on."""
     allowed = len(os.sched_getaffinity(0))
     cores = psutil.cpu_count(logical=False) or allowed
-    torch.set_num_threads(wanted or min(cores, allowed))
+    torch.set_num_threads(wanted or least_of(min(cores, allowed)))
     share_interpreter()
+
+
+def least_of(threads: int, groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """So many threads, or as many whole cores' time as a container has (`docker run --cpus`), which
+    `groups` says on Linux: one thread more, and all are stopped for a part of every tenth of a
+    second, while some wait for others."""
+    return max(1, int(min(threads, _quota(groups))))
+
+
+def _quota(groups: Path) -> float:
+    """Cores' worth of time of the topmost control group, a container's own within it."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((groups / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue  # not this version's files
+        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    return math.inf
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.modules import QuantizedLinear
 from pipeline.hybrid.native import dense, steps
-from pipeline.hybrid.native.library import find
+from pipeline.hybrid.native.experts import unusable
 from pipeline.hybrid.native.library import name as kernel_name
 from pipeline.hybrid.places import Machine, Places, find_places
 from pipeline.hybrid.placing import count, divided
@@ -229,12 +229,8 @@ class _Loader:
         """
         self._request = placement
         placement, self._cpu_calls = divided(placement)
-        missing = find()
-        native = self._native and self.dtype == torch.bfloat16
-        if self._cpu_calls != 0 and (not native or isinstance(missing, str)):
-            why = str(missing) if native else "it computes in bfloat16"
-            why = why if self._native else "it is not to be used (native, --no-native)"
-            raise UserError(f'placement "{self._request}" needs the compiled kernel: {why}')
+        if self._cpu_calls != 0 and (missing := unusable(self._native, self.dtype)):
+            raise UserError(f'placement "{self._request}" needs the compiled kernel: {missing}')
         machine = Machine(self.device, self.dtype, limit, host, self._follow_use, self._native)
         self._places = find_places(
             placement,
@@ -248,7 +244,8 @@ class _Loader:
         )
         self.remarks += self._places.remarks
         on_cpu = any("cpu" in roads for roads in self._places.homes.values())
-        if on_cpu and native and isinstance(missing, str):
+        wanted = on_cpu and self._native and self.dtype == torch.bfloat16
+        if wanted and (missing := unusable(self._native, self.dtype)):
             self.remarks.append(f"no native kernel, torch's products compute experts: {missing}")
 
     def _layer_experts(self) -> dict[int, LayerExperts]:

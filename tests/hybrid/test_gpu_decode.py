@@ -139,6 +139,47 @@ def test_two_models_on_both_roads(directory):
     assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
 
 
+@native
+def test_a_model_that_goes_while_it_decodes(directory):
+    """Steps that are queued are done before what they read goes."""
+    for placement in ("both:2", "cpu"):
+        model = hybrid.load(directory, placement=placement)
+        decoder = decode.Decoder(model, 1, 64)
+        decoder.prefill(torch.randint(5, 500, (1, 20), device="cuda"))
+        for _ in range(30):
+            decoder.step()
+        words = decoder._crew._words
+        late = words[crew._LATE : crew._LATE + 8].view(torch.int64)
+        del decoder, model
+        gc.collect()
+        torch.cuda.synchronize()
+        assert not late.item()
+
+
+@native
+def test_a_first_step_that_is_interrupted(directory):
+    """What it queued is answered, and decoding goes on as if there had been none."""
+    model = hybrid.load(directory, placement="both:2")
+    decoder = decode.Decoder(model, 1, 64)
+    ids = torch.randint(5, 500, (1, 20), device="cuda")
+    decoder.prefill(ids)
+    decoder._build()
+    halves = list(decoder._halves)
+
+    def interrupt(_frame):
+        raise KeyboardInterrupt
+
+    decoder._halves[3] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        decoder.step()
+    decoder._halves = halves
+    decoder.prefill(ids)
+    for _ in range(5):
+        decoder.step()
+    torch.cuda.synchronize()
+    decoder._crew.check()
+
+
 def test_two_models_and_nothing_left(directory):
     """Both generate at once; a second pair takes no more of the GPU than the first has left.
 

@@ -36,6 +36,16 @@ def kernel_for(
     return library if takes(layout.gate_up) and takes(layout.down) else None
 
 
+def unusable(native: bool, dtype: torch.dtype) -> str:
+    """Why the kernel computes no experts of any format; "" where it does.  native: see `load`."""
+    if not native:
+        return "it is not to be used (native, --no-native)"
+    if dtype != torch.bfloat16:
+        return "it computes in bfloat16"
+    library = find()
+    return library if isinstance(library, str) else ""
+
+
 def sizes_of(layout: Layout) -> Tensor:
     """int64 [14], on the CPU: the layout as the kernel's functions take it."""
     sizes = [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.hybrid.records import Part
+from pipeline.threads import least_of
 
 KINDS = ("plain C", "AVX2", "AVX512 VNNI")
 """By the numbers of `requant_best` in layer.c."""
@@ -155,8 +156,8 @@ def threads() -> int:
 
 
 def crew_threads() -> int:
-    """As many as a crew gets: one core is Python's, which queues the steps."""
-    return max(1, threads() - 1)
+    """As many as a crew gets, which spin: one core is Python's, which queues the steps."""
+    return max(1, least_of(threads()) - 1)
 
 
 _forked = False
