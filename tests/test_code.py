@@ -52,7 +52,7 @@ def test_every_constant_of_the_solver_counts(tmp_path):
         "quantize/rows.py": "ROW_BLOCKS = 6",
         "quantize/hessian.py": "PRIOR = 10.0",
         "quantize/correction.py": "DAMPING = 0.03",
-        "hybrid/delta_prefill.py": "CHUNK = 64",
+        "hybrid/delta_kernels.py": "CHUNK = 64",
     }.items():
         before = (package / file).read_text()
         assert constant in before

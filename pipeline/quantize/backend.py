@@ -11,7 +11,13 @@ import torch
 
 Backend = Literal["torch", "triton"]
 
-KERNELS = ("triton_kernels", "triton_columns", "triton_refine", "triton_routed")
+KERNELS = (
+    "triton_kernels",
+    "triton_columns",
+    "triton_products",
+    "triton_refine",
+    "triton_routed",
+)
 """Modules of Triton kernels, used together or not at all."""
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.quantize.products import product, subtract_product
+
 BLOCK = 256
 """Columns of a block.  Fixed: other blocks give other bytes."""
 
@@ -41,12 +43,12 @@ def _factor_by_blocks(matrix: Tensor) -> tuple[Tensor, Tensor]:
         panel = factor[:, block.start :, block]
         if block.start:
             done = factor[:, block.start :, : block.start]
-            panel.baddbmm_(done, factor[:, block, : block.start].mT, alpha=-1)
+            subtract_product(panel, done, factor[:, block, : block.start].mT)
         own, info = torch.linalg.cholesky_ex(factor[:, block, block])
         failed = torch.where(failed == 0, info, failed)
         factor[:, block, block] = own
         below = factor[:, block.stop :, block]
-        below.copy_(torch.bmm(below, _inverse(own).mT))
+        below.copy_(product(below, _inverse(own).mT))
     return factor.tril_(), failed
 
 
@@ -57,13 +59,13 @@ def _solve_by_blocks(factor: Tensor, values: Tensor) -> Tensor:
     for block, inverse in zip(blocks, inverses, strict=True):  # Y L^T = B
         own = found[..., block]
         if block.start:
-            own.baddbmm_(found[..., : block.start], factor[:, block, : block.start].mT, alpha=-1)
-        own.copy_(torch.bmm(own, inverse.mT))
+            subtract_product(own, found[..., : block.start], factor[:, block, : block.start].mT)
+        own.copy_(product(own, inverse.mT))
     for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):  # X L = Y
         own = found[..., block]
         if block.stop < found.shape[-1]:
-            own.baddbmm_(found[..., block.stop :], factor[:, block.stop :, block], alpha=-1)
-        own.copy_(torch.bmm(own, inverse))
+            subtract_product(own, found[..., block.stop :], factor[:, block.stop :, block])
+        own.copy_(product(own, inverse))
     return found
 
 

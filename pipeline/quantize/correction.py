@@ -23,6 +23,7 @@ from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.cholesky import solve_from_the_right
 from pipeline.quantize.factor import damped_factor
 from pipeline.quantize.precision import full_float32
+from pipeline.quantize.products import product
 
 DAMPING = 0.03
 """Fraction of the Hessian's mean diagonal added to it: directions that hold little of the input are
@@ -40,8 +41,7 @@ def routed_drift(
     """
     if solver_backend(actual.device) == "triton":
         kernels = importlib.import_module("pipeline.quantize.triton_kernels")
-        ends = torch.tensor(offsets, device=actual.device)
-        found: Tensor = kernels.drift(target, actual, ends, weights)
+        found: Tensor = kernels.drift(target, actual, offsets, weights)
         return found
     columns = actual.shape[1]
     total = torch.zeros(len(offsets) - 1, columns, columns, device=actual.device)
@@ -69,7 +69,8 @@ def corrected(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     damped.diagonal(dim1=1, dim2=2).add_(level.unsqueeze(1))
     with full_float32():
         factor, _ = damped_factor(damped, level, "the Hessian")
-        found = weight.float() + solve_from_the_right(factor, weight.float() @ drift)
+        moved = product(weight.float(), drift)
+        found = weight.float() + solve_from_the_right(factor, moved)
     fine = torch.isfinite(found).flatten(1).all(dim=1)
     if not bool(fine.all()):
         raise NumericalError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.grid import SMALLEST_SCALE
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -79,6 +81,10 @@ def energy(rows: Tensor, hessian: Tensor | None) -> Tensor:
 
 def _symmetric_energy(rows: Tensor, hessian: Tensor) -> Tensor:
     """Of H only the blocks on and above the diagonal, those above it twice: half the product."""
+    if solver_backend(rows.device) == "triton":
+        kernels = importlib.import_module("pipeline.quantize.triton_products")
+        found: Tensor = kernels.energy(rows, hessian)
+        return found
     total = torch.zeros(len(rows), device=rows.device)
     for start in range(0, rows.shape[-1], _ENERGY_COLUMNS):
         block = slice(start, start + _ENERGY_COLUMNS)

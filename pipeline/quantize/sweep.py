@@ -96,10 +96,41 @@ class Slabs:
             error[block] -= (codes[block] - zero) * scale
         return error
 
+    def goals(
+        self,
+        block: slice,
+        matrix: Tensor,
+        error: Tensor,
+        dense: Tensor,
+        diagonal: Tensor | None = None,
+    ) -> Tensor:
+        """What a block's columns should be rounded to, given the errors of others: its slabs.
+
+        `matrix`: float32 [E, in, in], what each column's error (a row) asks of each column;
+        `error`: all slabs' W - Q; `dense`: the block's W.  Without `diagonal` the columns done
+        before count, those behind the block; with it, float32 [E, in] to divide the block's columns
+        of `matrix` by, all columns do, but for those of the block that are visited before.
+        """
+        if self._kernels is not None:
+            found: Tensor = self._kernels.goals(matrix, diagonal, error, dense, block)
+            return found
+        goal = dense.clone()
+        if diagonal is None:
+            if block.stop < self.columns:
+                pull = matrix[:, block.stop :, block].transpose(1, 2)
+                goal.permute(1, 0, 2).baddbmm_(pull, error[block.stop :].permute(1, 0, 2))
+            return goal
+        # [E, in, width]: what one unit of each column's error asks of each column of the block.
+        pull = matrix[:, :, block] / diagonal[:, None, block]
+        pull[:, block].triu_(1)  # the block's own later positions follow as they are visited
+        goal.permute(1, 0, 2).baddbmm_(pull.transpose(1, 2), error.permute(1, 0, 2))
+        return goal
+
     def round_block(
         self,
         block: slice,
         weight: Tensor,
+        error: Tensor,
         target: Tensor,
         triangle: Tensor,
         codes: Tensor,
@@ -109,13 +140,14 @@ class Slabs:
         """Round the columns of one block, last to first.
 
         `weight`, `target` float32 and `codes` uint8 are the block's slabs [columns, E, out];
-        `triangle`, float32 [E, columns, columns], is lower and has a diagonal of 1.  In place,
-        `weight` becomes W - Q and `codes` the codes; `target` is used up.
+        `triangle`, float32 [E, columns, columns], is lower and has a diagonal of 1.  `error`, which
+        may be `weight`, becomes W - Q and `codes` the codes; `target` is used up.
         """
         if self._kernels is not None:
             pick = self._group[block.start * self.experts : block.stop * self.experts]
             self._kernels.round_block(
                 weight,
+                error,
                 target,
                 triangle,
                 codes,
@@ -125,8 +157,10 @@ class Slabs:
                 top=top,
             )
             return
+        if error is not weight:
+            error.copy_(weight)
         scale, zero = self._grid(block)
-        codes.copy_(_round_block(weight, target, triangle, scale=scale, zero=zero, top=top))
+        codes.copy_(_round_block(error, target, triangle, scale=scale, zero=zero, top=top))
 
     def _grid(self, block: slice) -> tuple[Tensor, Tensor]:
         """Scale and zero of every weight of a block, both float32 [width, E, out]."""
@@ -147,12 +181,10 @@ def sweep(weight: Tensor, factored: Factored, grid: Grid, *, bits: int, backend:
     working = slabs.take(weight)
     codes = torch.empty(working.shape, dtype=torch.uint8, device=weight.device)
     for block in slabs.blocks():
-        target = working[block].clone()
-        if block.stop < slabs.columns:
-            pull = factored.triangle[:, block.stop :, block].transpose(1, 2)
-            target.permute(1, 0, 2).baddbmm_(pull, working[block.stop :].permute(1, 0, 2))
+        own = working[block]
+        target = slabs.goals(block, factored.triangle, working, own)
         triangle = factored.triangle[:, block, block]
-        slabs.round_block(block, working[block], target, triangle, codes[block], top=2**bits - 1)
+        slabs.round_block(block, own, own, target, triangle, codes[block], top=2**bits - 1)
     return slabs.put(codes)
 
 

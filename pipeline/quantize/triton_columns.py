@@ -6,8 +6,8 @@ sum has one fixed order.  Slabs are [in, E, out], contiguous; E matrices of `row
 
 # Kernels are another language in Python's clothes: their parameters are pointers and scalars that
 # Triton types itself, and they are passed by position.
-# ruff: noqa: ANN001, ANN202
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: ANN001, ANN202, RUF005
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ from pipeline.quantize.triton_kernels import round_half_even
 
 _ROUND_ROWS = 32
 _ROUND_WARPS = 1
+_AT_ONCE = 8
+_GOAL_PRECISION = "tf32x3"
+_GOAL_COLUMNS = 128
+_GOAL_ROWS = 128
+_GOAL_STEP = 32
+_GOAL_WARPS = 8
+_GOAL_STAGES = 2
 _TILE = 64
 
 
@@ -62,58 +69,109 @@ def _residual_kernel(
 
 @triton.jit
 def _round_kernel(
-    weight, target, triangle, scales, zeros, pick, codes, size, rows, experts, stride, of_expert,
-    of_line, TOP: tl.constexpr, ROWS: tl.constexpr,
+    weight, error, target, triangle, scales, zeros, pick, codes, size, rows, experts, stride,
+    of_expert, of_line, of_column, TOP: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """`sweep._round_block` for ROWS rows of one matrix, eight columns at a time.
+    """`sweep._round_block` for ROWS rows of one matrix, AT_ONCE columns at a time.
 
-    What the columns done before ask of the eight is added in the order in which they were done,
-    then the eight are rounded one after the other, each thread a row of its own.
+    What the columns done before ask of these is added in the order in which they were done, then
+    they are rounded one after the other, each thread rows of its own: all that they pass on to each
+    other stays in registers, and all loads can begin before the first is rounded.
     """
     expert = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     slab = expert * rows + row
     triangle += expert * of_expert
-    lane = tl.arange(0, 8)
     end = size + 0 * tl.program_id(0)  # not a Python number, which the interpreter's masks refuse
-    for number in range(tl.cdiv(size, 8)):
-        first = end - (number + 1) * 8
-        position = first + lane
-        some = position >= 0
-        places = position.to(tl.int64)[:, None] * stride + slab[None, :]
-        everything = some[:, None] & inside[None, :]
-        goals = tl.load(target + places, mask=everything, other=0.0)
-        for done in range(number):
-            for back in tl.static_range(8):
-                column = end - done * 8 - 1 - back
-                place = column.to(tl.int64) * stride + slab
-                error = tl.load(weight + place, mask=inside, other=0.0)
-                pull = tl.load(triangle + column * of_line + position, mask=some, other=0.0)
-                goals += pull[:, None] * error[None, :]
-        tl.store(target + places, goals, mask=everything)
-        tl.debug_barrier()
-        for back in tl.static_range(8):
-            column = first + 7 - back
+    for number in range(tl.cdiv(size, AT_ONCE)):
+        top = end - number * AT_ONCE - 1
+        goals = ()
+        scale = ()
+        zero = ()
+        dense = ()
+        for back in tl.static_range(AT_ONCE):
+            column = top - back
             real = column >= 0
             used = row < tl.where(real, rows, 0)
             place = column.to(tl.int64) * stride + slab
-            goal = tl.load(target + place, mask=used, other=0.0)
+            group = tl.load(pick + column * experts + expert, mask=real, other=0) * rows + row
+            goals = goals + (tl.load(target + place, mask=used, other=0.0),)
+            scale = scale + (tl.load(scales + group, mask=used, other=1.0),)
+            zero = zero + (tl.load(zeros + group, mask=used, other=0.0),)
+            dense = dense + (tl.load(weight + place, mask=used, other=0.0),)
+        for before in range(number):
+            for back in tl.static_range(AT_ONCE):
+                above = end - 1 - before * AT_ONCE - back
+                lost = tl.load(error + above.to(tl.int64) * stride + slab, mask=inside, other=0.0)
+                moved = ()
+                for to in tl.static_range(AT_ONCE):
+                    column = top - to
+                    pull = triangle + above * of_line + column * of_column
+                    pull = tl.load(pull, mask=column >= 0, other=0.0)
+                    moved = moved + (goals[to] + pull * lost,)
+                goals = moved
+        errors = ()
+        rounded = ()
+        for back in tl.static_range(AT_ONCE):
+            column = top - back
+            goal = goals[back]
             for before in tl.static_range(back):
                 # A column done before lies above this one: it is real if this one is.
-                above = first + 7 - before
-                error = tl.load(weight + above.to(tl.int64) * stride + slab, mask=used, other=0.0)
-                goal += tl.load(triangle + above * of_line + column, mask=real, other=0.0) * error
-            group = tl.load(pick + column * experts + expert, mask=real, other=0) * rows + row
-            s = tl.load(scales + group, mask=used, other=1.0)
-            z = tl.load(zeros + group, mask=used, other=0.0)
-            dense = tl.load(weight + place, mask=used, other=0.0)
-            signed = tl.minimum(tl.maximum(tl.div_rn(goal, s), -z), TOP - z)
+                pull = triangle + (top - before) * of_line + column * of_column
+                goal += tl.load(pull, mask=column >= 0, other=0.0) * errors[before]
+            signed = tl.minimum(
+                tl.maximum(tl.div_rn(goal, scale[back]), -zero[back]), TOP - zero[back]
+            )
             signed = round_half_even(signed)
-            tl.store(weight + place, dense - signed * s, mask=used)
-            tl.store(codes + place, (signed + z).to(tl.uint8), mask=used)
-        # The next eight read these errors, other threads' too.
+            errors = errors + (dense[back] - signed * scale[back],)
+            rounded = rounded + (signed + zero[back],)
+        for back in tl.static_range(AT_ONCE):
+            column = top - back
+            used = row < tl.where(column >= 0, rows, 0)
+            place = column.to(tl.int64) * stride + slab
+            tl.store(error + place, errors[back], mask=used)
+            tl.store(codes + place, rounded[back].to(tl.uint8), mask=used)
+        # Those to come read these errors; a thread's own rows only, but not always its own lanes.
         tl.debug_barrier()
+
+
+@triton.jit
+def _goal_kernel(
+    matrix, diagonal, error, dense, goal, start, size, first, last, rows, experts, of_expert,
+    of_line, of_column, DESCEND: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """`Slabs.goals` for ROWS rows of one matrix: columns `start` to start + size, given the errors
+    of `first` to `last`."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    column = start + lane
+    inside = row < rows
+    real = lane < size
+    slab = expert * rows + row
+    stride = experts * rows
+    matrix += expert * of_expert
+    total = tl.zeros((COLUMNS, ROWS), tl.float32)
+    for at in range(first, last, STEP):
+        other = at + tl.arange(0, STEP)
+        some = other < last
+        pull = matrix + other[:, None] * of_line + column[None, :] * of_column
+        pull = tl.load(pull, mask=some[:, None] & real[None, :], other=0.0)
+        if DESCEND:
+            # Of the block itself only what is still to be visited counts as it is.
+            past = (other[:, None] >= column[None, :]) & (other < start + size)[:, None]
+            pull = tl.where(past, 0.0, pull)
+        lost = error + other.to(tl.int64)[:, None] * stride + slab[None, :]
+        lost = tl.load(lost, mask=some[:, None] & inside[None, :], other=0.0)
+        total = tl.dot(tl.trans(pull), lost, total, input_precision=PRECISION)
+    if DESCEND:
+        weight = tl.load(diagonal + expert * last + column, mask=real, other=1.0)
+        total = total / weight[:, None]
+    place = lane.to(tl.int64)[:, None] * stride + slab[None, :]
+    used = real[:, None] & inside[None, :]
+    tl.store(goal + place, tl.load(dense + place, mask=used, other=0.0) + total, mask=used)
 
 
 def take(stored: Tensor, place: Tensor) -> Tensor:
@@ -157,8 +215,35 @@ def residual(dense: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, pick: 
     return error
 
 
+def goals(
+    matrix: Tensor,
+    diagonal: Tensor | None,
+    error: Tensor,
+    dense: Tensor,
+    block: slice,
+) -> Tensor:
+    """`sweep.Slabs.goals`: float32 slabs of the block.
+
+    `matrix` float32 [E, in, in]; `diagonal` float32 [E, in] or None; `error` all
+    slabs, `dense` the block's.
+    """
+    columns, experts, rows = error.shape
+    goal = torch.empty_like(dense)
+    size = block.stop - block.start
+    width = min(_GOAL_COLUMNS, max(16, triton.next_power_of_2(size)))
+    grid = triton.cdiv(rows, _GOAL_ROWS), experts, triton.cdiv(size, width)
+    _goal_kernel[grid](
+        matrix, matrix if diagonal is None else diagonal, error, dense, goal, block.start, size,
+        block.stop if diagonal is None else 0, columns, rows, experts, *matrix.stride(),
+        DESCEND=diagonal is not None, PRECISION=_GOAL_PRECISION, COLUMNS=width,
+        ROWS=_GOAL_ROWS, STEP=_GOAL_STEP, num_warps=_GOAL_WARPS, num_stages=_GOAL_STAGES,
+    )  # fmt: skip
+    return goal
+
+
 def round_block(
     weight: Tensor,
+    error: Tensor,
     target: Tensor,
     triangle: Tensor,
     codes: Tensor,
@@ -170,14 +255,14 @@ def round_block(
 ) -> None:
     """`sweep._round_block` on some contiguous slabs, its grid picked as `residual` does.
 
-    `triangle` [E, columns, columns]; `codes`: uint8 slabs to write to.  `target` is used up.
+    `triangle` [E, columns, columns]; `error` (may be `weight`) and `codes` uint8:
+    slabs to write to.
     """
     size, experts, rows = weight.shape
-    triangle = triangle.contiguous()
     _round_kernel[(triton.cdiv(rows, _ROUND_ROWS), experts)](
-        weight, target, triangle, scales, zeros, pick, codes, size, rows, experts,
-        experts * rows, triangle.stride(0), triangle.stride(1), TOP=top, ROWS=_ROUND_ROWS,
-        num_warps=_ROUND_WARPS,
+        weight, error, target, triangle, scales, zeros, pick, codes, size, rows, experts,
+        experts * rows, *triangle.stride(), TOP=top, ROWS=_ROUND_ROWS,
+        AT_ONCE=_AT_ONCE, num_warps=_ROUND_WARPS,
     )  # fmt: skip
 
 
@@ -198,7 +283,9 @@ def self_test(device: torch.device) -> None:
     expected = weight.round() + 8
     error = weight - weight.round()
     target = weight.clone()
-    round_block(weight, target, triangle, codes, scales=scales, zeros=zeros, pick=pick, top=15)
+    round_block(
+        weight, weight, target, triangle, codes, scales=scales, zeros=zeros, pick=pick, top=15
+    )
     right &= torch.equal(codes.float(), expected) and torch.equal(weight, error)
     back = residual(expected - 8 + error, codes, scales, zeros, pick)
     if not (right and torch.equal(back, error)):

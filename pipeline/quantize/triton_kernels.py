@@ -7,10 +7,12 @@ in a code; every sum has one fixed order, so that the same input gives the same 
 
 # Kernels are another language in Python's clothes: their parameters are pointers and scalars that
 # Triton types itself, and they are passed by position.
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,6 +22,7 @@ from torch import Tensor
 _GRID_ELEMENTS = 2048
 _GRAM_COLUMNS = 128
 _GRAM_TOKENS = 64
+_DRIFT_EXPERTS = 8
 
 
 @triton.jit
@@ -106,92 +109,51 @@ def _fit_kernel(
 
 
 @triton.jit
-def _gram_kernel(
-    x,
+def _moment_kernel(
+    left,
+    right,
     offsets,
     out,
     columns,
+    SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One tile of one expert's sum of x x^T and its mirror image, added to `out`."""
+    """One tile of one expert's sum of y x^T over its rows y of `left` and x of `right`.
+
+    SYMMETRIC: both are the same; the tile and its mirror image are added to `out`.
+    """
     upper, lower = tl.program_id(0), tl.program_id(1)
-    if upper > lower:
-        return
     expert = tl.program_id(2)
     begin = tl.load(offsets + expert).to(tl.int32)
     end = tl.load(offsets + expert + 1).to(tl.int32)
-    if begin >= end:
-        return
+    if SYMMETRIC:
+        if upper > lower:
+            return
+        if begin >= end:
+            return
     lane = tl.arange(0, COLUMNS)
     i, j = upper * COLUMNS + lane, lower * COLUMNS + lane
     within = tl.arange(0, TOKENS)
     total = tl.zeros((COLUMNS, COLUMNS), tl.float32)
     for first in range(begin, end, TOKENS):
         token = first + within
-        base = x + token.to(tl.int64)[:, None] * columns
+        base = token.to(tl.int64)[:, None] * columns
         used = (token < end)[:, None]
-        left = tl.load(base + i[None, :], mask=used & (i < columns)[None, :], other=0.0)
-        right = tl.load(base + j[None, :], mask=used & (j < columns)[None, :], other=0.0)
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+        y = tl.load(left + base + i[None, :], mask=used & (i < columns)[None, :], other=0.0)
+        x = tl.load(right + base + j[None, :], mask=used & (j < columns)[None, :], other=0.0)
+        total = tl.dot(tl.trans(y), x, total, input_precision=PRECISION)
     square = out + expert.to(tl.int64) * columns * columns
     inside = (i < columns)[:, None] & (j < columns)[None, :]
     place = square + i[:, None] * columns + j[None, :]
-    total += tl.load(place, mask=inside, other=0.0)
+    if SYMMETRIC:
+        total += tl.load(place, mask=inside, other=0.0)
     tl.store(place, total, mask=inside)
-    if upper != lower:
-        mirror = square + j[None, :] * columns + i[:, None]
-        tl.store(mirror, total, mask=inside)
-
-
-@triton.jit
-def _drift_kernel(
-    target,
-    x,
-    weights,
-    offsets,
-    out,
-    columns,
-    HALF: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """One tile of one expert's sum of (target - x) x^T, each row's product weighted.
-
-    HALF: x is bfloat16, and the difference goes in as two bfloat16 numbers that hold 16 bits of it;
-    equal inputs give exact zeros.
-    """
-    expert = tl.program_id(2)
-    begin = tl.load(offsets + expert).to(tl.int32)
-    end = tl.load(offsets + expert + 1).to(tl.int32)
-    i = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    within = tl.arange(0, TOKENS)
-    total = tl.zeros((LINES, COLUMNS), tl.float32)
-    for first in range(begin, end, TOKENS):
-        token = first + within
-        row = token.to(tl.int64)[:, None] * columns
-        used = (token < end)[:, None]
-        left = used & (i < columns)[None, :]
-        wanted = tl.load(target + row + i[None, :], mask=left, other=0.0).to(tl.float32)
-        had = tl.load(x + row + i[None, :], mask=left, other=0.0).to(tl.float32)
-        right = tl.load(x + row + j[None, :], mask=used & (j < columns)[None, :], other=0.0)
-        difference = wanted - had
-        if WEIGHTED:
-            weight = tl.load(weights + token, mask=token < end, other=0.0)
-            difference *= weight[:, None]
-        if HALF:
-            coarse = difference.to(tl.bfloat16)
-            fine = (difference - coarse.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(tl.trans(coarse), right, total)
-            total = tl.dot(tl.trans(fine), right, total)
-        else:
-            total = tl.dot(tl.trans(difference), right, total, input_precision="ieee")
-    place = out + expert.to(tl.int64) * columns * columns + i[:, None] * columns + j[None, :]
-    tl.store(place, total, mask=(i < columns)[:, None] & (j < columns)[None, :])
+    if SYMMETRIC:
+        if upper != lower:
+            mirror = square + j[None, :] * columns + i[:, None]
+            tl.store(mirror, total, mask=inside)
 
 
 def fit_groups(
@@ -245,15 +207,48 @@ def add_gram(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
 
     bfloat16 and float16 inputs are multiplied exactly and summed in float32.
     """
-    columns = x_sorted.shape[1]
-    full = x_sorted.dtype == torch.float32
+    x_sorted = x_sorted.contiguous()
+    _moments(x_sorted, x_sorted, offsets, out, symmetric=True)
+
+
+def drift(
+    target: Tensor, x_sorted: Tensor, offsets: Sequence[int], weights: Tensor | None = None
+) -> Tensor:
+    """See `correction.routed_drift`: same arguments.
+
+    Of bfloat16 inputs the weighted difference is rounded to bfloat16.  That of two numbers within
+    a factor of two of each other is one; else it is off by at most 2^-9 of itself, each on its own,
+    which thousands of tokens average.
+    """
+    if x_sorted.dtype != torch.bfloat16:
+        target, x_sorted = target.float(), x_sorted.float()
+    experts, columns = len(offsets) - 1, x_sorted.shape[1]
+    shape = (experts, columns, columns)
+    out = torch.empty(shape, dtype=torch.float32, device=x_sorted.device)
+    for first in range(0, experts, _DRIFT_EXPERTS):  # so that the differences take little memory
+        some = offsets[first : first + _DRIFT_EXPERTS + 1]
+        rows = slice(some[0], some[-1])
+        difference = target[rows] - x_sorted[rows]
+        if weights is not None:
+            difference *= weights[rows].unsqueeze(1)
+        ends = torch.tensor([o - some[0] for o in some], device=out.device)
+        part = out[first : first + _DRIFT_EXPERTS]
+        _moments(difference, x_sorted[rows].contiguous(), ends, part, symmetric=False)
+    return out
+
+
+def _moments(left: Tensor, right: Tensor, offsets: Tensor, out: Tensor, *, symmetric: bool) -> None:
+    columns = right.shape[1]
+    full = right.dtype == torch.float32
     width = 64 if full else _GRAM_COLUMNS
     tiles = triton.cdiv(columns, width)
-    _gram_kernel[(tiles, tiles, len(offsets) - 1)](
-        x_sorted.contiguous(),
+    _moment_kernel[(tiles, tiles, len(offsets) - 1)](
+        left,
+        right,
         offsets,
         out,
         columns,
+        SYMMETRIC=symmetric,
         PRECISION="ieee" if full else "tf32",
         COLUMNS=width,
         TOKENS=32 if full else _GRAM_TOKENS,
@@ -262,42 +257,12 @@ def add_gram(x_sorted: Tensor, offsets: Tensor, out: Tensor) -> None:
     )
 
 
-def drift(
-    target: Tensor, x_sorted: Tensor, offsets: Tensor, weights: Tensor | None = None
-) -> Tensor:
-    """See `correction.routed_drift`: same arguments, `offsets` as a tensor on the device."""
-    columns = x_sorted.shape[1]
-    half = x_sorted.dtype == torch.bfloat16
-    if not half:
-        target, x_sorted = target.float(), x_sorted.float()
-    shape = (len(offsets) - 1, columns, columns)
-    out = torch.empty(shape, dtype=torch.float32, device=x_sorted.device)
-    width = _GRAM_COLUMNS if half else 64
-    tiles = triton.cdiv(columns, width)
-    _drift_kernel[(tiles, tiles, len(offsets) - 1)](
-        target.contiguous(),
-        x_sorted.contiguous(),
-        x_sorted if weights is None else weights.contiguous(),
-        offsets,
-        out,
-        columns,
-        HALF=half,
-        WEIGHTED=weights is not None,
-        LINES=width,
-        COLUMNS=width,
-        TOKENS=_GRAM_TOKENS if half else 32,
-        num_warps=8 if half else 4,
-        num_stages=2,
-    )
-    return out
-
-
 def self_test(device: torch.device) -> None:
     """Run every kernel on a few numbers; ValueError on a wrong result."""
     x = torch.arange(8.0, device=device).view(2, 4) - 3
     out = torch.zeros((1, 4, 4), device=device)
     add_gram(x.bfloat16(), torch.tensor([0, 2], device=device), out)
-    moved = drift((x + 1).bfloat16(), x.bfloat16(), torch.tensor([0, 2], device=device))
+    moved = drift((x + 1).bfloat16(), x.bfloat16(), [0, 2])
     scales, _ = fit_groups(
         x.unsqueeze(0),
         None,

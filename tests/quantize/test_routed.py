@@ -70,6 +70,7 @@ def test_drift_on_a_gpu(dtype):
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
     weights = torch.rand(378)
     expected = routed_drift(target, x, offsets, weights)
-    found = routed_drift(target.cuda(), x.cuda(), offsets, weights.cuda())
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-3)
+    found = routed_drift(target.cuda(), x.cuda(), offsets, weights.cuda()).cpu()
+    # Weighted differences are rounded to bfloat16.
+    assert float((found - expected).norm() / expected.norm()) < 2**-9
     assert float(routed_drift(x.cuda(), x.cuda(), offsets).abs().max()) == 0
