@@ -151,16 +151,16 @@ def prompt_bytes(
 ) -> int:
     """Bytes of activations in the fullest moment of a prompt's last and largest chunk.
 
-    What lives at once in DeltaNet (`delta_prefill.py`), in attention to a text of `length`, and in
+    What lives at once in DeltaNet (`delta_kernels.py`), in attention to a text of `length`, and in
     the experts; the largest of the three beside the residual stream and the mask.
     """
     chunk = min(PREFILL_CHUNK, length)
     rows, size, hidden = tokens * chunk, dtype.itemsize, geometry.hidden
     key_heads, key, value_heads, value = _delta(config)
     keys, values = key_heads * key, value_heads * value
-    # what the projections make, q and k repeated for every value head; then the scan, in float32
-    mixer = (2 * keys + 2 * values) + (2 * keys + values) + values + 2 * value_heads * key
-    scan = value_heads * (5 * key + 3 * value + 2 * SCAN) if values else 0
+    # what the projections and the convolution make; then what the scan reads, in float32
+    mixer = (2 * keys + 2 * values) + (2 * keys + values)
+    scan = value_heads * (3 * key + 2 * value + SCAN) if values else 0
     delta = mixer * size + scan * 4
     heads = config.num_attention_heads * head_size(config)
     masked = tokens * length if length > chunk else 0

@@ -73,10 +73,12 @@ def _on_paper(monkeypatch):
     """Four layers of the 80B model without memory; kernels do nothing."""
     split = pytest.importorskip("pipeline.hybrid.split", exc_type=ImportError)
     delta_prefill = pytest.importorskip("pipeline.hybrid.delta_prefill", exc_type=ImportError)
+    delta = pytest.importorskip("pipeline.hybrid.delta_kernels", exc_type=ImportError)
     for name in ("grouped", "gate_up", "down"):
         monkeypatch.setattr(split, name, lambda *_, **__: None)
     kernel = defaultdict(lambda: lambda *_, **__: None)  # launched as kernel[grid](...)
-    monkeypatch.setattr(delta_prefill, "_scan_kernel", kernel)
+    for name in ("convolve", "chunk", "scan", "norm"):
+        monkeypatch.setattr(delta, f"_{name}_kernel", kernel)
     # flash attention makes its result; torch's plain way on this device would make all weights
     attend = "scaled_dot_product_attention"
     monkeypatch.setattr(torch.nn.functional, attend, lambda q, *_, **__: torch.empty_like(q))
@@ -118,7 +120,7 @@ def test_a_prompt_takes_what_the_ledger_says(tokens, length, monkeypatch, one_th
     )
     assert told.torch["recurrent states"] == states
     stated = told.torch["activations of a prompt"]
-    assert abs(most - before - keys - states - stated) < 0.03 * stated
+    assert abs(most - before - keys - states - stated) < 0.04 * stated
     assert step - keys - states < book.GRAPHS
 
 
