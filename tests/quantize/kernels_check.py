@@ -13,6 +13,7 @@ import triton.language as tl
 from problems import fresh, problem
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from pipeline.quantize import triton_products
 from pipeline.quantize.backend import KERNELS
 from pipeline.quantize.factor import factorise
 from pipeline.quantize.grid import encode, fit_grid
@@ -71,6 +72,27 @@ def columns():
         print(experts, out, width)
 
 
+def products():
+    weight, hessian = problem(fresh(), 2, 35, 140)
+    exact = weight.double() @ hessian.double()
+    found = triton_products.product(weight, hessian)
+    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    total = weight.clone()
+    triton_products.product(
+        weight[..., 40:], hessian[:, 40:, :40], base=total[..., :40], alpha=-1, out=total[..., :40]
+    )
+    exact_part = weight.double()[..., 40:] @ hessian.double()[:, 40:, :40]
+    torch.testing.assert_close(
+        total[..., :40].double(), weight[..., :40] - exact_part, rtol=1e-4, atol=1e-4
+    )
+    assert torch.equal(total[..., 40:], weight[..., 40:])
+    whole = (exact * weight).sum((1, 2))
+    torch.testing.assert_close(
+        triton_products.energy(weight, hessian).double(), whole, rtol=1e-5, atol=0
+    )
+    print("products")
+
+
 def scales():
     for group, bits, symmetric in ((32, 4, True), (64, 8, False)):
         weight, hessian = problem(fresh(), 2, 70, 128)
@@ -123,5 +145,6 @@ if __name__ == "__main__":
     InterpreterBuilder.create_dot = _dot
     tests_of_their_own()
     columns()
+    products()
     scales()
     sums()
