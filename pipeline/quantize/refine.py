@@ -46,10 +46,14 @@ def descend(
     slabs = Slabs(factored.order, grid, backend)
     dense, result = slabs.take(weight), slabs.take(codes)
     error = slabs.residual(dense, result)
-    diagonal = factored.damped.diagonal(dim1=1, dim2=2).contiguous()
+    diagonal = factored.damped.diagonal(dim1=1, dim2=2)
     for block in slabs.blocks():
-        target = slabs.goals(block, factored.damped, error, dense[block], diagonal)
-        triangle = (factored.damped[:, block, block] / diagonal[:, None, block]).tril_()
+        # [E, in, width]: what one unit of each column's error asks of each column of the block.
+        pull = factored.damped[:, :, block] / diagonal[:, None, block]
+        triangle = pull[:, block].tril()
+        pull[:, block].triu_(1)  # the block's own later positions follow as they are visited
+        target = dense[block].clone()
+        target.permute(1, 0, 2).baddbmm_(pull.transpose(1, 2), error.permute(1, 0, 2))
         slabs.round_block(
             block, dense[block], error[block], target, triangle, result[block], top=2**bits - 1
         )

@@ -96,36 +96,6 @@ class Slabs:
             error[block] -= (codes[block] - zero) * scale
         return error
 
-    def goals(
-        self,
-        block: slice,
-        matrix: Tensor,
-        error: Tensor,
-        dense: Tensor,
-        diagonal: Tensor | None = None,
-    ) -> Tensor:
-        """What a block's columns should be rounded to, given the errors of others: its slabs.
-
-        `matrix`: float32 [E, in, in], what each column's error (a row) asks of each column;
-        `error`: all slabs' W - Q; `dense`: the block's W.  Without `diagonal` the columns done
-        before count, those behind the block; with it, float32 [E, in] to divide the block's columns
-        of `matrix` by, all columns do, but for those of the block that are visited before.
-        """
-        if self._kernels is not None:
-            found: Tensor = self._kernels.goals(matrix, diagonal, error, dense, block)
-            return found
-        goal = dense.clone()
-        if diagonal is None:
-            if block.stop < self.columns:
-                pull = matrix[:, block.stop :, block].transpose(1, 2)
-                goal.permute(1, 0, 2).baddbmm_(pull, error[block.stop :].permute(1, 0, 2))
-            return goal
-        # [E, in, width]: what one unit of each column's error asks of each column of the block.
-        pull = matrix[:, :, block] / diagonal[:, None, block]
-        pull[:, block].triu_(1)  # the block's own later positions follow as they are visited
-        goal.permute(1, 0, 2).baddbmm_(pull.transpose(1, 2), error.permute(1, 0, 2))
-        return goal
-
     def round_block(
         self,
         block: slice,
@@ -182,7 +152,10 @@ def sweep(weight: Tensor, factored: Factored, grid: Grid, *, bits: int, backend:
     codes = torch.empty(working.shape, dtype=torch.uint8, device=weight.device)
     for block in slabs.blocks():
         own = working[block]
-        target = slabs.goals(block, factored.triangle, working, own)
+        target = own.clone()
+        if block.stop < slabs.columns:
+            pull = factored.triangle[:, block.stop :, block].transpose(1, 2)
+            target.permute(1, 0, 2).baddbmm_(pull, working[block.stop :].permute(1, 0, 2))
         triangle = factored.triangle[:, block, block]
         slabs.round_block(block, own, own, target, triangle, codes[block], top=2**bits - 1)
     return slabs.put(codes)

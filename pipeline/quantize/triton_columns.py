@@ -18,15 +18,7 @@ from torch import Tensor
 
 from pipeline.quantize.triton_kernels import round_half_even
 
-_ROUND_ROWS = 32
-_ROUND_WARPS = 1
 _AT_ONCE = 8
-_GOAL_PRECISION = "tf32x3"
-_GOAL_COLUMNS = 128
-_GOAL_ROWS = 128
-_GOAL_STEP = 32
-_GOAL_WARPS = 8
-_GOAL_STAGES = 2
 _TILE = 64
 
 
@@ -136,44 +128,6 @@ def _round_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
-def _goal_kernel(
-    matrix, diagonal, error, dense, goal, start, size, first, last, rows, experts, of_expert,
-    of_line, of_column, DESCEND: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """`Slabs.goals` for ROWS rows of one matrix: columns `start` to start + size, given the errors
-    of `first` to `last`."""
-    expert = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lane = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    column = start + lane
-    inside = row < rows
-    real = lane < size
-    slab = expert * rows + row
-    stride = experts * rows
-    matrix += expert * of_expert
-    total = tl.zeros((COLUMNS, ROWS), tl.float32)
-    for at in range(first, last, STEP):
-        other = at + tl.arange(0, STEP)
-        some = other < last
-        pull = matrix + other[:, None] * of_line + column[None, :] * of_column
-        pull = tl.load(pull, mask=some[:, None] & real[None, :], other=0.0)
-        if DESCEND:
-            # Of the block itself only what is still to be visited counts as it is.
-            past = (other[:, None] >= column[None, :]) & (other < start + size)[:, None]
-            pull = tl.where(past, 0.0, pull)
-        lost = error + other.to(tl.int64)[:, None] * stride + slab[None, :]
-        lost = tl.load(lost, mask=some[:, None] & inside[None, :], other=0.0)
-        total = tl.dot(tl.trans(pull), lost, total, input_precision=PRECISION)
-    if DESCEND:
-        weight = tl.load(diagonal + expert * last + column, mask=real, other=1.0)
-        total = total / weight[:, None]
-    place = lane.to(tl.int64)[:, None] * stride + slab[None, :]
-    used = real[:, None] & inside[None, :]
-    tl.store(goal + place, tl.load(dense + place, mask=used, other=0.0) + total, mask=used)
-
-
 def take(stored: Tensor, place: Tensor) -> Tensor:
     """[E, out, in], columns of stride 1, as slabs; `place` int64 [E, in]: each column's slab."""
     experts, rows, columns = stored.shape
@@ -215,32 +169,6 @@ def residual(dense: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, pick: 
     return error
 
 
-def goals(
-    matrix: Tensor,
-    diagonal: Tensor | None,
-    error: Tensor,
-    dense: Tensor,
-    block: slice,
-) -> Tensor:
-    """`sweep.Slabs.goals`: float32 slabs of the block.
-
-    `matrix` float32 [E, in, in]; `diagonal` float32 [E, in] or None; `error` all
-    slabs, `dense` the block's.
-    """
-    columns, experts, rows = error.shape
-    goal = torch.empty_like(dense)
-    size = block.stop - block.start
-    width = min(_GOAL_COLUMNS, max(16, triton.next_power_of_2(size)))
-    grid = triton.cdiv(rows, _GOAL_ROWS), experts, triton.cdiv(size, width)
-    _goal_kernel[grid](
-        matrix, matrix if diagonal is None else diagonal, error, dense, goal, block.start, size,
-        block.stop if diagonal is None else 0, columns, rows, experts, *matrix.stride(),
-        DESCEND=diagonal is not None, PRECISION=_GOAL_PRECISION, COLUMNS=width,
-        ROWS=_GOAL_ROWS, STEP=_GOAL_STEP, num_warps=_GOAL_WARPS, num_stages=_GOAL_STAGES,
-    )  # fmt: skip
-    return goal
-
-
 def round_block(
     weight: Tensor,
     error: Tensor,
@@ -255,14 +183,13 @@ def round_block(
 ) -> None:
     """`sweep._round_block` on some contiguous slabs, its grid picked as `residual` does.
 
-    `triangle` [E, columns, columns]; `error` (may be `weight`) and `codes` uint8:
-    slabs to write to.
+    `triangle` [E, columns, columns]; `error` (may be `weight`) and `codes` uint8: slabs to write.
     """
     size, experts, rows = weight.shape
-    _round_kernel[(triton.cdiv(rows, _ROUND_ROWS), experts)](
+    warp = 64 if rows >= 1024 else 32  # few rows are shared among more warps
+    _round_kernel[(triton.cdiv(rows, warp), experts)](
         weight, error, target, triangle, scales, zeros, pick, codes, size, rows, experts,
-        experts * rows, *triangle.stride(), TOP=top, ROWS=_ROUND_ROWS,
-        AT_ONCE=_AT_ONCE, num_warps=_ROUND_WARPS,
+        experts * rows, *triangle.stride(), TOP=top, ROWS=warp, AT_ONCE=_AT_ONCE, num_warps=1,
     )  # fmt: skip
 
 

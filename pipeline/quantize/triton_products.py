@@ -1,8 +1,8 @@
 """Triton kernels of batched float32 products, on tensor cores.
 
-A float32 number is the sum of three bfloat16 or of two TF32 numbers, but for its last bits; the
+A float32 number is the sum of three bfloat16 numbers, but for its last bits; the six largest
 products of these parts, summed in float32, are as exact as a float32 product
-(`tests/quantize/test_products.py` holds them against float64), and several times as fast.
+(`tests/quantize/test_products.py` holds them against float64), and faster.
 """
 
 # Kernels are another language in Python's clothes: their parameters are pointers and scalars that
@@ -17,18 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PRECISION = "tf32x3"
 _LINES = 128
-_COLUMNS = 128
+_COLUMNS = 64
 _STEP = 32
-_WARPS = 8
-_STAGES = 2
+_WARPS = 4
+_STAGES = 3
 
 
 @triton.jit
 def _sum(
     total, a, b, i, j, begin, end, lines, columns, a_line, a_column, b_line, b_column,
-    PRECISION: tl.constexpr, STEP: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """`total` plus rows i of a times columns j of b, over the terms from `begin` to `end`."""
     for at in range(begin, end, STEP):
@@ -38,7 +37,7 @@ def _sum(
         left = tl.load(left, mask=(i < lines)[:, None] & some[None, :], other=0.0)
         right = b + k.to(tl.int64)[:, None] * b_line + j[None, :] * b_column
         right = tl.load(right, mask=some[:, None] & (j < columns)[None, :], other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = tl.dot(left, right, total, input_precision="bf16x6")
     return total
 
 
@@ -46,8 +45,7 @@ def _sum(
 def _product_kernel(
     out, base, a, b, lines, columns, terms, alpha, out_expert, out_line, out_column, base_expert,
     base_line, base_column, a_expert, a_line, a_column, b_expert, b_line, b_column,
-    BASED: tl.constexpr, PRECISION: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
+    BASED: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of out = base + alpha * a b."""
     expert = tl.program_id(2).to(tl.int64)
@@ -55,7 +53,7 @@ def _product_kernel(
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = _sum(
         tl.zeros((LINES, COLUMNS), tl.float32), a + expert * a_expert, b + expert * b_expert, i, j,
-        0, terms, lines, columns, a_line, a_column, b_line, b_column, PRECISION, STEP,
+        0, terms, lines, columns, a_line, a_column, b_line, b_column, STEP,
     )  # fmt: skip
     total = total * alpha
     inside = (i < lines)[:, None] & (j < columns)[None, :]
@@ -69,8 +67,8 @@ def _product_kernel(
 
 @triton.jit
 def _energy_kernel(
-    rows, hessian, out, lines, columns, of_expert, of_line, PRECISION: tl.constexpr,
-    LINES: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    rows, hessian, out, lines, columns, of_expert, of_line, LINES: tl.constexpr,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile's part of tr(R H R^T): of H only what is on and above its diagonal's blocks, those
     above twice."""
@@ -82,11 +80,11 @@ def _energy_kernel(
     square = hessian + expert * columns * columns
     total = _sum(
         tl.zeros((LINES, COLUMNS), tl.float32), own, square, i, j, 0, first, lines, columns,
-        of_line, 1, columns, 1, PRECISION, STEP,
+        of_line, 1, columns, 1, STEP,
     )  # fmt: skip
     total = _sum(
         total * 2, own, square, i, j, first, tl.minimum(first + COLUMNS, columns), lines, columns,
-        of_line, 1, columns, 1, PRECISION, STEP,
+        of_line, 1, columns, 1, STEP,
     )  # fmt: skip
     inside = (i < lines)[:, None] & (j < columns)[None, :]
     place = own + i.to(tl.int64)[:, None] * of_line + j[None, :]
@@ -108,8 +106,8 @@ def product(
     grid = triton.cdiv(columns, _COLUMNS), triton.cdiv(lines, _LINES), experts
     _product_kernel[grid](
         out, start, a, b, lines, columns, terms, alpha, *out.stride(), *start.stride(),
-        *a.stride(), *b.stride(), BASED=base is not None, PRECISION=_PRECISION, LINES=_LINES,
-        COLUMNS=_COLUMNS, STEP=_STEP, num_warps=_WARPS, num_stages=_STAGES,
+        *a.stride(), *b.stride(), BASED=base is not None, LINES=_LINES, COLUMNS=_COLUMNS,
+        STEP=_STEP, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     return out
 
@@ -123,8 +121,7 @@ def energy(rows: Tensor, hessian: Tensor) -> Tensor:
     parts = torch.empty((experts, grid[0] * grid[1]), device=rows.device)
     _energy_kernel[grid](
         rows, hessian.contiguous(), parts, lines, columns, rows.stride(0), rows.stride(1),
-        PRECISION=_PRECISION, LINES=_LINES, COLUMNS=_COLUMNS, STEP=_STEP, num_warps=_WARPS,
-        num_stages=_STAGES,
+        LINES=_LINES, COLUMNS=_COLUMNS, STEP=_STEP, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     return parts.sum(1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 WIDTHS = (16, 32, 64, 128)
 """Columns of a group that the kernel can do."""
 
-_ROWS = 64
+_ROWS = 128
 _WARPS = 8
 _STAGES = 1
 

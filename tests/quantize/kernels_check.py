@@ -6,12 +6,13 @@ TRITON_INTERPRET=1 python tests/quantize/kernels_check.py
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import torch
 import triton.language as tl
 from problems import fresh, problem
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
 
 from pipeline.quantize import triton_products
 from pipeline.quantize.backend import KERNELS
@@ -143,6 +144,9 @@ def sums():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     InterpreterBuilder.create_dot = _dot
+    options = interpreter_builder.options  # which know only what it can do exactly
+    known = (*options.allowed_dot_input_precisions, "bf16x6")
+    interpreter_builder.options = replace(options, allowed_dot_input_precisions=known)
     tests_of_their_own()
     columns()
     products()
