@@ -67,7 +67,7 @@ def _decode(
 ) -> None:
     """One token at a time."""
     seed = pack(wide, narrow)
-    records = empty(seed.layout, args.experts, torch.device("cpu"), large_pages=library.large_pages)
+    records = empty(seed.layout, args.experts, torch.device("cpu"))
     for first in range(0, args.experts, SEED_EXPERTS):
         part = records.data[first : first + SEED_EXPERTS]
         part.copy_(seed.data[: len(part)])

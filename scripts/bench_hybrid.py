@@ -37,10 +37,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from pipeline.hybrid.decode import Decoder
+from pipeline.hybrid.host import host_memory
 from pipeline.hybrid.ledger import RESIDENT_THREADS, Experts, Ledger, ledger, resident_threads
 from pipeline.hybrid.placing import ROADS, Table, fixed
 from pipeline.hybrid.probe import cpu_rate
-from pipeline.hybrid.records import host_memory
 from pipeline.hybrid.residency import Residency
 from pipeline.hybrid.runtime import connect, hand_over, prompts
 from pipeline.hybrid.split import SplitExperts

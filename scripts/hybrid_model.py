@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.hybrid.backends import BACKENDS
+from pipeline.hybrid.host import fault_in, host_memory, pin_memory
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native import dense, steps
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import ROADS, Road
-from pipeline.hybrid.records import Layout, Records, empty, host_memory, pin_memory, planned_layout
+from pipeline.hybrid.records import Layout, Records, empty, planned_layout
 from pipeline.hybrid.split import DeviceRoad, SplitExperts
 from pipeline.hybrid.stored import to_matrices
 from pipeline.models.skeleton import build_skeleton, model_config, rotary_embedding
@@ -129,8 +130,9 @@ def _on_cpu(block: Records, count: int, pin: bool) -> HybridExperts | NativeExpe
     wide, narrow = Records(block.layout, block.data[:1]).unpack()
     library = kernel_for(wide, narrow, torch.bfloat16)
     if library is not None:
-        records = empty(block.layout, count, torch.device("cpu"), large_pages=library.large_pages)
+        records = empty(block.layout, count, torch.device("cpu"))
         if pin:
+            fault_in(records.data)
             pin_memory(records.data)
         records.data.copy_(block.data[:count])
         return NativeExperts(library, records)

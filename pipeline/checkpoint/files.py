@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,19 @@ from pipeline.system_errors import advice
 
 GAP_BYTES = 64 * 1024
 """Bytes worth reading and dropping to save one call (a matrix's small parts lie a few kB apart)."""
+
+Memory = Callable[[int], Tensor]
+"""Gives so many bytes on the CPU, uint8, to read into."""
+
+
+def fresh(nbytes: int) -> Tensor:
+    """Memory of nobody else."""
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def page_locked(nbytes: int) -> Tensor:
+    """The same, from where a GPU fetches bytes without a copy in between."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=nbytes > 0)
 
 
 @dataclass(frozen=True)
@@ -84,15 +97,14 @@ class TensorFiles:
                 found[index] = blob[begin : begin + entries[index].nbytes]
         return found
 
-    def gather(self, entries: Sequence[TensorEntry], *, pinned: bool = False) -> Gathered:
-        """The bytes of many tensors in one host buffer, read with few large calls.
+    def gather(self, entries: Sequence[TensorEntry], memory: Memory = fresh) -> Gathered:
+        """The bytes of many tensors in one buffer from `memory`, read with few large calls.
 
-        `pinned`: in page-locked memory, from where a GPU fetches them without a copy in between.
         Raises CheckpointError when a file has become shorter or unreadable.
         """
         runs = list(_runs(entries))
         total = sum(stop - start for _, start, stop, _ in runs)
-        data = torch.empty(total, dtype=torch.uint8, pin_memory=pinned and total > 0)
+        data = memory(total)
         target = data.numpy().data
         places = [0] * len(entries)
         base = 0

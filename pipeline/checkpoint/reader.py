@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.admission import refuse_code, refuse_unfinished
-from pipeline.checkpoint.files import Gathered, TensorFiles
+from pipeline.checkpoint.files import Gathered, Memory, TensorFiles, fresh
 from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.header import FileHeader, read_header
 from pipeline.checkpoint.index import check_against, read_json, read_layout, resolve_inside
@@ -146,15 +146,14 @@ class Checkpoint:
         """
         return self.decode(self.fetch([names]).to(device), dtype)[0]
 
-    def fetch(self, stacks: Sequence[Sequence[str]], *, pinned: bool = False) -> Fetched:
-        """The stored bytes of several stacks, read in one go and not decoded yet.
+    def fetch(self, stacks: Sequence[Sequence[str]], memory: Memory = fresh) -> Fetched:
+        """The stored bytes of several stacks, read into `memory` in one go and not decoded yet.
 
-        `pinned` as for `TensorFiles.gather`.  Raises CheckpointError as `load_stack` does for what
-        is not there or cannot be read.
+        Raises CheckpointError as `load_stack` does for what is not there or cannot be read.
         """
         found = [self._find(names) for names in stacks]
         self._resolve([weight for weights in found for weight in weights])
-        return Fetched(found, self._gather([w for ws in found for w in ws], pinned=pinned))
+        return Fetched(found, self._gather([w for ws in found for w in ws], memory))
 
     def decode(self, fetched: Fetched, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Each stack of `fetched`, as `load_stack` gives it, on the device its bytes are on."""
@@ -191,10 +190,11 @@ class Checkpoint:
         return isinstance(self._storage[self.weights[name].format], PackedFormat)
 
     def load_quantized(
-        self, names: Sequence[str], device: torch.device | str = "cpu"
+        self, names: Sequence[str], device: torch.device | str = "cpu", memory: Memory = fresh
     ) -> QuantizedTensor:
         """Matrices in their quantised form, as one batch `[N, out, in]` on `device`.
 
+        memory: where their bytes are read into; of what is on the CPU, some may stay there.
         Raises CheckpointError, naming a tensor, for one that is missing, laid out otherwise than
         the first or of a format that can only be decoded; NumericalError for NaN, Inf in scales.
         """
@@ -204,11 +204,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{names[0]} is stored as {weights[0].format}, which can only be decoded"
             )
-        parts = self.load_parts(names, device)
+        parts = self.load_parts(names, device, memory)
         return storage.quantized(weights, _known(weights[0]), parts)
 
     def load_parts(
-        self, names: Sequence[str], device: torch.device | str = "cpu"
+        self, names: Sequence[str], device: torch.device | str = "cpu", memory: Memory = fresh
     ) -> dict[str, Tensor]:
         """The stored parts of equally laid out weights, undecoded: part -> `[N, *part shape]`."""
         weights = self._find(names)
@@ -216,7 +216,7 @@ class Checkpoint:
         odd = next((w for w in weights if self._layout(w) != self._layout(weights[0])), None)
         if odd is not None:
             raise CheckpointError(f"{odd.name} is not laid out as {weights[0].name}")
-        return self._parts(weights, self._gather(weights).to(device))
+        return self._parts(weights, self._gather(weights, memory).to(device))
 
     def read(self, name: str) -> Tensor:
         """One stored tensor by its stored name (`...qweight`), as it is, on the CPU."""
@@ -295,9 +295,9 @@ class Checkpoint:
         skipped = self._storage[weight.format].state_part(weight)
         return {part: entry for part, entry in weight.parts.items() if part != skipped}
 
-    def _gather(self, weights: Sequence[StoredWeight], *, pinned: bool = False) -> Gathered:
+    def _gather(self, weights: Sequence[StoredWeight], memory: Memory = fresh) -> Gathered:
         entries = [entry for weight in weights for entry in self._stored_parts(weight).values()]
-        return self._files.gather(entries, pinned=pinned)
+        return self._files.gather(entries, memory)
 
     def _parts(self, weights: Sequence[StoredWeight], stored: Gathered) -> dict[str, Tensor]:
         return {

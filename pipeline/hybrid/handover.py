@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.hybrid.host import host_memory
 from pipeline.hybrid.native.crew import Crew
 from pipeline.hybrid.placing import Division
-from pipeline.hybrid.records import Layout, host_memory
+from pipeline.hybrid.records import Layout
 
 _BLOCK = 2048
 """Numbers that are moved at a time."""

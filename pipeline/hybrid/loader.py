@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline.checkpoint import Checkpoint, StoredWeight
+from pipeline.checkpoint.files import Memory, fresh
 from pipeline.checkpoint.names import expert_of, natural
 from pipeline.checkpoint.shard_map import LayerExperts
 from pipeline.errors import CheckpointError, ResourceError, UserError
+from pipeline.hybrid.host import Staging
 from pipeline.hybrid.modules import QuantizedLinear
 from pipeline.hybrid.native import dense, steps
 from pipeline.hybrid.native.experts import unusable
@@ -48,6 +51,9 @@ from pipeline.models.skeleton import (
 from pipeline.sizes import parse_size
 
 log = logging.getLogger(__name__)
+
+_DENSE_AT_ONCE = 4
+"""Tensors outside the experts that are read side by side."""
 
 NO_GPU = "no GPU was found: the whole model runs on the CPU"
 
@@ -182,8 +188,9 @@ class _Loader:
         self._divided = 0
         self._prompts = ""
         """Beside a GPU, which side computes the CPU's experts for prompts."""
+        self._memory: Memory = Staging(device) if device.type == "cuda" else fresh
         self._experts = RoutedExperts(
-            checkpoint, self.architecture, self.geometry, device, dtype, native=native
+            checkpoint, self.architecture, self.geometry, device, dtype, self._memory, native=native
         )
         self._by_road: Counter[str] = Counter()
 
@@ -264,21 +271,20 @@ class _Loader:
         """Give every module of the skeleton its weights."""
         for layer in self.geometry.moe_layers:  # so that nobody looks for these parameters
             self._place(self._experts_name(layer), nn.Identity())
-        for weight in self.linears:
-            self._fill_linear(weight)
-        self._fill_dense()
-        if self._native and self.device.type == "cpu":
-            dense.use_in(self.model)
-            steps.use_in(self.model)
         places = self._places
-        for filled in self._experts.fill(
-            places.homes, visiting=places.visiting, pinning=places.pinning
-        ):
-            self._by_road.update(filled.by_road)
-            self._backends["experts"].update(filled.backends)
-            self._rounded += filled.rounded
-            self._bytes["experts"] += filled.module.nbytes
-            self._place(self._experts_name(filled.layer), filled.module)
+        with self._experts.rooms(places.homes, visiting=places.visiting, pinning=places.pinning):
+            for weight in self.linears:
+                self._fill_linear(weight)
+            self._fill_dense()
+            if self._native and self.device.type == "cpu":
+                dense.use_in(self.model)
+                steps.use_in(self.model)
+            for filled in self._experts.fill(places.homes):
+                self._by_road.update(filled.by_road)
+                self._backends["experts"].update(filled.backends)
+                self._rounded += filled.rounded
+                self._bytes["experts"] += filled.module.nbytes
+                self._place(self._experts_name(filled.layer), filled.module)
         if self._rounded:
             _tell_rounded(str(self.checkpoint.path), len(self._rounded), self._rounded[0])
         path = self.checkpoint.path
@@ -343,7 +349,7 @@ class _Loader:
                 f"{self.checkpoint.path}: {weight.name} is {list(weight.shape or ())}, "
                 f"config.json asks for {[rows, columns]}"
             )
-        quantized = self.checkpoint.load_quantized([weight.name], self.device)
+        quantized = self.checkpoint.load_quantized([weight.name], self.device, self._memory)
         backend, matrix = to_matrices(quantized, self.dtype)
         self._backends["linears"][backend] += 1
         self._rounded += [module] if matrix.rounded_scales else []
@@ -352,10 +358,14 @@ class _Loader:
         self._place(module, QuantizedLinear(matrix, rows, columns, old.bias))
 
     def _fill_dense(self) -> None:
-        tensors: dict[str, Tensor] = {}
-        for weight in self.dense:
-            tensors[weight.name] = self.checkpoint.load(weight.name, self.device, self.dtype)
-            self._bytes["dense"] += tensors[weight.name].nbytes
+        def load(weight: StoredWeight) -> Tensor:
+            fetched = self.checkpoint.fetch([[weight.name]], self._memory).to(self.device)
+            return self.checkpoint.decode(fetched, self.dtype)[0][0]
+
+        with ThreadPoolExecutor(min(_DENSE_AT_ONCE, torch.get_num_threads()), "dense") as pool:
+            names = (weight.name for weight in self.dense)
+            tensors = dict(zip(names, pool.map(load, self.dense), strict=True))
+        self._bytes["dense"] += sum(tensor.nbytes for tensor in tensors.values())
         # A tied head is the embedding's own parameter, whether or not it is stored again.
         tied = (self.architecture.head,) if self.model.config.tie_word_embeddings else ()
         assign(self.model, {k: v for k, v in tensors.items() if not k.startswith(tied)}, tied)

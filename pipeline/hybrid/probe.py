@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pipeline.errors import ResourceError
 from pipeline.hybrid.cache import PREFILL_CHUNK
+from pipeline.hybrid.host import host_memory
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.placing import Rates
-from pipeline.hybrid.records import Records, host_memory, layout_of
+from pipeline.hybrid.records import Records, layout_of
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 _HIDDEN, _INNER, _GROUP = 2048, 512, 128

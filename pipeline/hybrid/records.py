@@ -9,20 +9,15 @@ wide loads over PCIe as well.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipeline.hybrid.host import host_memory
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 _ALIGN = 256
-_PAGE = 4096
-_MAPPED = 3
-"""cudaHostRegisterPortable and cudaHostRegisterMapped: kernels of any device may read it."""
 
 
 @dataclass(frozen=True)
@@ -154,21 +149,10 @@ def planned_layout(scheme: AffineScheme, hidden: int, inner: int) -> Layout:
     return Layout(first, _part(scheme, hidden, inner, _up(first.end)))
 
 
-def empty(
-    layout: Layout,
-    count: int,
-    device: torch.device,
-    *,
-    large_pages: Callable[[int, int], None] | None = None,
-) -> Records:
-    """Room for so many records; RuntimeError where there is none.
-
-    large_pages: on the CPU, called with the room's address and bytes before anything is there.
-    """
+def empty(layout: Layout, count: int, device: torch.device) -> Records:
+    """Room for so many records; RuntimeError where there is none."""
     if device.type == "cpu":
         data = host_memory(count * layout.nbytes, pin=False)
-        if large_pages is not None:
-            large_pages(data.data_ptr(), data.nbytes)
     else:
         data = torch.empty(count * layout.nbytes, dtype=torch.uint8, device=device)
     return Records(layout, data.view(count, layout.nbytes))
@@ -206,33 +190,6 @@ def zeros_of(data: Tensor, part: Part) -> Tensor:
 def _view(data: Tensor, rows: int, start: int, columns: int, dtype: torch.dtype) -> Tensor:
     flat = data[:, start : start + rows * columns * dtype.itemsize]
     return flat.view(dtype).unflatten(1, (rows, columns))
-
-
-def host_memory(nbytes: int, *, pin: bool) -> Tensor:
-    """uint8 [nbytes] at a page's beginning; RuntimeError when it cannot be pinned.
-
-    pin: see `pin_memory`.  torch's own pinned allocator rounds up to powers of two and keeps what
-    was freed.
-    """
-    room = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
-    skip = -room.data_ptr() % _PAGE
-    # By way of numpy, so that its storage begins there too: `is_pinned` asks for that byte.
-    data = torch.from_numpy(room.numpy()[skip : skip + nbytes])
-    if pin:
-        pin_memory(data)
-    return data
-
-
-def pin_memory(data: Tensor) -> None:
-    """Lock the pages of host memory, so that a GPU's kernels can read it, until its storage is
-    released; RuntimeError where that is refused."""
-    cudart = torch.cuda.cudart()
-    refused = cudart.cudaHostRegister(data.data_ptr(), data.nbytes, _MAPPED)
-    if int(refused):
-        with suppress(RuntimeError):  # the next launch would report this error as its own
-            torch.ones(1, device="cuda")
-    torch.cuda.check_error(refused)
-    weakref.finalize(data.untyped_storage(), cudart.cudaHostUnregister, data.data_ptr())
 
 
 def _part(scheme: AffineScheme, rows: int, columns: int, start: int) -> Part:

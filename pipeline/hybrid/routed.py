@@ -2,7 +2,8 @@
 
 What a layer costs is reading, unpacking and laying out anew, all of it memory traffic that one
 thread cannot bring up; so some threads read a layer each.  At no time are second copies of more
-experts in memory than these threads hold.
+experts in memory than these threads hold.  Beside a GPU, memory for experts is pinned, which takes
+longer than all else; so other threads make it ahead, from the moment that places are known.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,13 +21,15 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint.files import Memory, fresh
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.backends import BACKENDS
+from pipeline.hybrid.host import fault_in, pin_memory
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
-from pipeline.hybrid.native.library import Library, find
+from pipeline.hybrid.native.library import find
 from pipeline.hybrid.placing import ROADS, Road, Table
-from pipeline.hybrid.records import Layout, Records, empty, layout_of, pack, pin_memory
+from pipeline.hybrid.records import Layout, Records, empty, layout_of, pack
 from pipeline.hybrid.stored import pair_rows, to_matrices
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
@@ -34,10 +38,12 @@ from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 if TYPE_CHECKING:
     from pipeline.hybrid.split import SplitExperts
 
-_AT_ONCE = 32
+_AT_ONCE = 16
 """Experts that are laid out anew at a time on a device."""
 _LAYERS_AT_ONCE = 8
 """Layers that are read side by side, at most."""
+_ROOMS_AT_ONCE = 2
+"""Layers that memory is made for side by side: one is faulted in while another one is pinned."""
 _COPIES = 4
 """Bytes that laying out a byte of experts for the CPU takes meanwhile, all steps together."""
 _DEVICE_COPIES = 6
@@ -77,30 +83,58 @@ class RoutedExperts:
         geometry: Geometry,
         device: torch.device,
         dtype: torch.dtype,
+        memory: Memory,
         *,
         native: bool,
     ) -> None:
-        """device: where all but experts is; dtype: of activations; native: see `hybrid.load`."""
+        """device: where all but experts is; dtype: of activations; memory: where bytes are read
+        into that go to a GPU; native: see `hybrid.load`."""
         self._checkpoint = checkpoint
         self._architecture = architecture
         self._geometry = geometry
         self._device = device
         self._dtype = dtype
+        self._memory = memory
         self._native = native and architecture.activation is nn.functional.silu
         self._layouts: dict[int, Layout] = {}
         self._visiting = self._pinning = False
+        self._rooms: dict[tuple[int, str], Future[Records]] = {}
         self._held = 0
 
-    def fill(
-        self, homes: Table, *, visiting: bool = False, pinning: bool = False
-    ) -> Iterator[Filled]:
-        """Every layer's module, in order; `homes`: the road that keeps each expert.
+    @contextmanager
+    def rooms(self, homes: Table, *, visiting: bool, pinning: bool) -> Iterator[None]:
+        """While this lasts, memory is made for what `fill` will read, beside a GPU by threads.
 
-        visiting: the CPU's experts may come to the device for prompts; pinning: their memory is to
-        be pinned, as far as it can be.
-        Raises CheckpointError for experts that are damaged, ResourceError where there is no room.
+        homes: the road that keeps each expert; visiting: the CPU's experts may come to the device
+        for prompts; pinning: their memory is to be pinned, as far as it can be.
         """
         self._visiting, self._pinning = visiting, pinning
+        if self._device.type != "cuda":
+            yield
+            return
+        ahead = ("zero-copy", "cpu") if visiting else ("zero-copy",)
+        cores = torch.get_num_threads()
+        share = max(1, cores // _ROOMS_AT_ONCE)
+        with ThreadPoolExecutor(
+            _ROOMS_AT_ONCE, "rooms", initializer=torch.set_num_threads, initargs=(share,)
+        ) as pool:
+            try:
+                for layer, roads in homes.items():
+                    for road in ahead:
+                        if count := sum(its == road for its in roads):
+                            room = pool.submit(self._room, self.layout(layer), road, count)
+                            self._rooms[layer, road] = room
+                yield
+            finally:
+                pool.shutdown(cancel_futures=True)
+                self._rooms.clear()
+                torch.set_num_threads(cores)  # what threads to come begin with
+
+    def fill(self, homes: Table) -> Iterator[Filled]:
+        """Every layer's module, in order, within `rooms`.
+
+        Raises CheckpointError for experts that are damaged, ResourceError where there is no room.
+        """
         threads = self._threads()
         if threads == 1:
             yield from map(self._layer, homes, homes.values())
@@ -170,7 +204,6 @@ class RoutedExperts:
             cpu = mine, self._on_cpu(layer, mine, backends, rounded)
         visiting = self._visiting and cpu is not None and isinstance(cpu[1], NativeExperts)
         if cpu is not None and len(mine) == len(roads) and not visiting:
-            self._held += cpu[1].nbytes
             return Filled(layer, cpu[1], {"cpu": cpu[1].nbytes}, backends, rounded)
         split = importlib.import_module("pipeline.hybrid.split")  # imports Triton
         on_device = {}
@@ -182,7 +215,6 @@ class RoutedExperts:
         mixed: SplitExperts = split.SplitExperts(
             on_device, cpu, len(roads), self._architecture.activation, self._device
         )
-        self._held += mixed.nbytes
         return Filled(layer, mixed, mixed.bytes_by_road(), backends, rounded)
 
     def _on_cpu(
@@ -193,18 +225,21 @@ class RoutedExperts:
             kernel = kernel_for(*self._read(layer, mine[:1], "cpu"), self._dtype)
             if kernel is not None:
                 backends[kernel.name] += 2
-                return NativeExperts(kernel, self._records(layer, mine, "cpu", kernel))
+                return NativeExperts(kernel, self._records(layer, mine, "cpu"))
         packed = [to_matrices(q, self._dtype) for q in self._read(layer, mine, "cpu")]
         backends.update(name for name, _ in packed)
         wide, narrow = (matrices for _, matrices in packed)
         rounded += [self._name(layer)] * (wide.rounded_scales + narrow.rounded_scales)
-        return HybridExperts(wide, narrow, len(mine), self._architecture.activation)
+        experts = HybridExperts(wide, narrow, len(mine), self._architecture.activation)
+        self._held += experts.nbytes
+        return experts
 
     def _read(
         self, layer: int, experts: Sequence[int], device: torch.device | str
     ) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Gate and up as one, and down, of some of a layer's experts, each as one batch."""
         architecture, geometry = self._architecture, self._geometry
+        memory = fresh if torch.device(device).type == "cpu" else self._memory
 
         def read(projections: Sequence[str], shape: tuple[int, int]) -> QuantizedTensor:
             names = [
@@ -215,15 +250,13 @@ class RoutedExperts:
             for name in names[: len(projections)]:
                 self._check_expert(name)
                 self._check_shape(name, shape)
-            return self._checkpoint.load_quantized(names, device)
+            return self._checkpoint.load_quantized(names, device, memory)
 
         wide, narrow = (geometry.inner, geometry.hidden), (geometry.hidden, geometry.inner)
         gate_up = pair_rows(read((architecture.gate, architecture.up), wide))
         return gate_up, read((architecture.down,), narrow)
 
-    def _records(
-        self, layer: int, experts: list[int], road: str, kernel: Library | None = None
-    ) -> Records:
+    def _records(self, layer: int, experts: list[int], road: str) -> Records:
         """Some of a layer's experts where `road` wants them, laid out anew on the device, which is
         quick there, some at a time, which takes little of its memory."""
         records: Records | None = None
@@ -234,24 +267,32 @@ class RoutedExperts:
             except torch.OutOfMemoryError as error:  # a GPU's
                 raise self._no_memory("resident") from error
             if records is None:
-                try:
-                    where = self._device if road == "resident" else torch.device("cpu")
-                    pages = None if kernel is None else kernel.large_pages
-                    records = empty(some.layout, len(experts), where, large_pages=pages)
-                except RuntimeError as error:
-                    raise self._no_memory("cpu" if where.type == "cpu" else road) from error
-                if road != "resident":
-                    self._pin(records, road)
+                room = self._rooms.pop((layer, road), None)
+                records = room.result() if room else self._room(some.layout, road, len(experts))
             records.data[first : first + some.count].copy_(some.data)
         assert records is not None, "a road without experts has no records"
+        return records
+
+    def _room(self, layout: Layout, road: str, count: int) -> Records:
+        """Memory for so many experts where `road` wants them."""
+        where = self._device if road == "resident" else torch.device("cpu")
+        try:
+            records = empty(layout, count, where)
+        except RuntimeError as error:
+            raise self._no_memory("cpu" if where.type == "cpu" else road) from error
+        if road != "resident":
+            self._pin(records, road)
+        self._held += records.nbytes
         return records
 
     def _pin(self, records: Records, road: str) -> None:
         """Zero-copy experts must be pinned for a GPU; the CPU's do without once it is refused."""
         if self._device.type != "cuda" or (road == "cpu" and not self._pinning):
             return
+        fault_in(records.data.view(-1))
         try:
-            pin_memory(records.data)
+            with torch.cuda.device(self._device):
+                pin_memory(records.data)
         except RuntimeError as error:
             if road != "cpu":
                 raise self._no_memory(road) from error

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.hybrid.host import host_memory
 from pipeline.hybrid.placing import Road
-from pipeline.hybrid.records import Records, host_memory
+from pipeline.hybrid.records import Records
 
 PART_BYTES = 100 << 20
 """About so much travels at once: long enough for the link's full rate."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.files import fresh, page_locked
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.errors import NumericalError
 from pipeline.models import Architecture
@@ -170,7 +171,8 @@ def decode_tile(job: TileSource, dtype: torch.dtype = COMPUTE_DTYPE) -> DenseTil
         [f"{a.expert_module(job.layer, e, projection)}.weight" for e in job.experts]
         for projection in (a.gate, a.up, a.down)
     ]
-    fetched = job.checkpoint.fetch(stacks, pinned=job.device.type == "cuda").to(job.device)
+    memory = page_locked if job.device.type == "cuda" else fresh
+    fetched = job.checkpoint.fetch(stacks, memory).to(job.device)
     gate, up, down = job.checkpoint.decode(fetched, dtype)
     return DenseTile(torch.cat([gate, up], dim=1), down)
 

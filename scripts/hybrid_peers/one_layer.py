@@ -74,7 +74,7 @@ def ours(folder: Path, threads: int) -> Layer:
         raise SystemExit("the compiled kernel is missing: `requant doctor` says why")
     packed = pack(wide, narrow)
     cpu = torch.device("cpu")
-    records = empty(packed.layout, packed.count, cpu, large_pages=kernel.large_pages)
+    records = empty(packed.layout, packed.count, cpu)
     records.data.copy_(packed.data)
     return NativeExperts(kernel, records)
 

@@ -16,9 +16,9 @@ from judging import FORMATS, PLACEMENTS, TRAINED, judge, passages
 
 from pipeline import hybrid
 from pipeline.hybrid import places
+from pipeline.hybrid.host import host_memory, pin_memory
 from pipeline.hybrid.native.library import find
 from pipeline.hybrid.placing import ROADS
-from pipeline.hybrid.records import host_memory, pin_memory
 from pipeline.quantize.tensor import AffineScheme
 
 runtime = pytest.importorskip("pipeline.hybrid.runtime", exc_type=ImportError)

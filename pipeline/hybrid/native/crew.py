@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ResourceError
+from pipeline.hybrid.host import host_memory
 from pipeline.hybrid.native.experts import NO_EXPERT, sizes_of
 from pipeline.hybrid.native.library import Library
-from pipeline.hybrid.records import Layout, host_memory
+from pipeline.hybrid.records import Layout
 
 _REQUEST, _ANSWER, _LATE = 0, 64, 128
 """Bytes from the beginning of a crew's words to each of them."""

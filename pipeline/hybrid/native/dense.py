@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.hybrid.host import host_memory
 from pipeline.hybrid.native.library import Library, find, threads
-from pipeline.hybrid.records import host_memory
 
 FEW = 4
 """Tokens up to which the kernel was faster than torch's product (docs/performance.md)."""
@@ -79,16 +79,15 @@ def use_in(model: nn.Module) -> None:
         if weight.dtype != torch.bfloat16:
             continue
         if id(weight) not in moved:
-            weight.data = _in_large_pages(weight.data, library)
+            weight.data = _in_large_pages(weight.data)
             moved.add(id(weight))
         parent, _, child = name.rpartition(".")
         new = NativeLinear(weight).train(module.training)
         setattr(model.get_submodule(parent), child, new)
 
 
-def _in_large_pages(weight: Tensor, library: Library) -> Tensor:
+def _in_large_pages(weight: Tensor) -> Tensor:
     room = host_memory(weight.nbytes, pin=False)
-    library.large_pages(room.data_ptr(), room.nbytes)
     return room.view(weight.dtype).view(weight.shape).copy_(weight)
 
 

@@ -316,14 +316,3 @@ int requant_experts(const int64_t *sizes, const uint64_t *records, int64_t exper
     free(room);
     return failed;
 }
-
-/* Ask for large pages behind memory that nothing was written to yet: reading experts all over it
- * goes through few of the processor's page table entries then.  Systems may decline. */
-void requant_large_pages(void *start, int64_t bytes)
-{
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    madvise(start, (size_t)bytes, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
-}

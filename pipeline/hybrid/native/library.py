@@ -55,7 +55,6 @@ class Library:
     attention_opening: Callable[..., int]
     attention_half: Callable[..., int]
     sparse_half: Callable[..., int]
-    large_pages: Callable[[int, int], None]
     parallel: int
     """Address of GOMP_parallel in the OpenMP runtime that torch uses."""
     kind: int
@@ -109,7 +108,6 @@ _ARGUMENTS = {
     "attention_opening": "pppp nnn ff ppp p",
     "attention_half": "pppppp nnn pnf p n p",
     "sparse_half": "pp ppp nfp",
-    "large_pages": "pn",
 }
 """What each function takes, by the letters of _TYPES."""
 

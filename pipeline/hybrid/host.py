@@ -1,0 +1,91 @@
+"""Host memory that a GPU reads: in large pages, faulted in by several threads, then pinned.
+
+Pinning walks through memory page by page in one thread, and brings in every page that nobody has
+touched yet: some 2 GB/s.  Pages that are large and there already cost a fraction of that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import weakref
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+_PAGE = 4096
+_LARGE = 1 << 21
+_MAPPED = 3
+"""cudaHostRegisterPortable and cudaHostRegisterMapped: kernels of any device may read it."""
+_STAGED = 64 << 20
+"""Bytes that a thread's staging memory holds at most."""
+
+
+def host_memory(nbytes: int, *, pin: bool) -> Tensor:
+    """uint8 [nbytes] at a page's beginning; RuntimeError when it cannot be pinned.
+
+    pin: see `pin_memory`.  torch's own pinned allocator rounds up to powers of two and keeps what
+    was freed.
+    """
+    room = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
+    skip = -room.data_ptr() % _PAGE
+    # By way of numpy, so that its storage begins there too: `is_pinned` asks for that byte.
+    data = torch.from_numpy(room.numpy()[skip : skip + nbytes])
+    if nbytes >= _LARGE:
+        _ask_for_large_pages(data)
+    if pin:
+        fault_in(data)
+        pin_memory(data)
+    return data
+
+
+def fault_in(data: Tensor) -> None:
+    """Bring in the pages of memory that nothing was written to yet, with torch's threads."""
+    data[::_PAGE].zero_()
+
+
+def pin_memory(data: Tensor) -> None:
+    """Lock the pages of host memory, so that a GPU's kernels can read it, until its storage is
+    released; RuntimeError where that is refused."""
+    cudart = torch.cuda.cudart()
+    refused = cudart.cudaHostRegister(data.data_ptr(), data.nbytes, _MAPPED)
+    if int(refused):
+        with suppress(RuntimeError):  # the next launch would report this error as its own
+            torch.ones(1, device="cuda")
+    torch.cuda.check_error(refused)
+    weakref.finalize(data.untyped_storage(), cudart.cudaHostUnregister, data.data_ptr())
+
+
+class Staging(threading.local):
+    """Pinned memory that each thread reads into, again and again, for copies to a GPU: fresh memory
+    would cost page faults every time, and the driver's own copy into pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: Tensor | None = None  # each thread's own
+
+    def __call__(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes], for as long as nothing else is asked for; pinned if it can be."""
+        if nbytes > _STAGED:
+            return host_memory(nbytes, pin=False)
+        torch.cuda.current_stream(self._device).synchronize()  # the copies of what was in it
+        if self._held is None or len(self._held) < nbytes:
+            self._held = None
+            self._held = host_memory(nbytes, pin=False)
+            fault_in(self._held)
+            with suppress(RuntimeError), torch.cuda.device(self._device):
+                pin_memory(self._held)
+        return self._held[:nbytes]
+
+
+def _ask_for_large_pages(data: Tensor) -> None:
+    """Before anything is written there; systems may decline.
+
+    Reading all over it goes through few of the processor's page table entries then.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
+    if advice is not None:
+        address, size = ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(data.nbytes)
+        ctypes.CDLL(None).madvise(address, size, advice)
