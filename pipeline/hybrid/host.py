@@ -58,6 +58,13 @@ def pin_memory(data: Tensor) -> None:
     weakref.finalize(data.untyped_storage(), cudart.cudaHostUnregister, data.data_ptr())
 
 
+def pin_fresh(data: Tensor, device: torch.device) -> None:
+    """The same, on behalf of a device, with memory that nothing was written to yet."""
+    fault_in(data)
+    with torch.cuda.device(device):
+        pin_memory(data)
+
+
 class Staging(threading.local):
     """Pinned memory that each thread reads into, again and again, for copies to a GPU: fresh memory
     would cost page faults every time, and the driver's own copy into pinned memory."""
@@ -74,9 +81,8 @@ class Staging(threading.local):
         if self._held is None or len(self._held) < nbytes:
             self._held = None
             self._held = host_memory(nbytes, pin=False)
-            fault_in(self._held)
-            with suppress(RuntimeError), torch.cuda.device(self._device):
-                pin_memory(self._held)
+            with suppress(RuntimeError):
+                pin_fresh(self._held, self._device)
         return self._held[:nbytes]
 
 

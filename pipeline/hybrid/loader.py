@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import re
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +33,7 @@ from pipeline.hybrid.native.experts import unusable
 from pipeline.hybrid.native.library import name as kernel_name
 from pipeline.hybrid.places import Machine, Places, find_places
 from pipeline.hybrid.placing import count, divided
+from pipeline.hybrid.remarks import tell, tell_rounded
 from pipeline.hybrid.roads import CHOSEN, kernels_fail, known_use
 from pipeline.hybrid.routed import PinningError, RoutedExperts
 from pipeline.hybrid.stored import to_matrices
@@ -49,8 +48,6 @@ from pipeline.models.skeleton import (
     rotary_embedding,
 )
 from pipeline.sizes import parse_size
-
-log = logging.getLogger(__name__)
 
 _DENSE_AT_ONCE = 4
 """Tensors outside the experts that are read side by side."""
@@ -117,7 +114,7 @@ def load(
         loader = _filled(Path(path), target, dtype, "cpu", limit, host, False, native)
     remarks += loader.remarks
     for remark in remarks:
-        _tell(remark)
+        tell(remark)
     model = loader.model
     config = loader.checkpoint.config
     model.hybrid_quantization = config.get("quantization_config") or {}  # type: ignore[assignment]
@@ -286,7 +283,7 @@ class _Loader:
                 self._bytes["experts"] += filled.module.nbytes
                 self._place(self._experts_name(filled.layer), filled.module)
         if self._rounded:
-            _tell_rounded(str(self.checkpoint.path), len(self._rounded), self._rounded[0])
+            tell_rounded(str(self.checkpoint.path), len(self._rounded), self._rounded[0])
         path = self.checkpoint.path
         self.model.config.name_or_path = self.model.name_or_path = str(path)
         if (path / "generation_config.json").exists():
@@ -391,21 +388,6 @@ def _choose_device(device: torch.device | str | None) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {chosen}: torch finds no GPU here; use device cpu")
     return chosen
-
-
-@cache  # once per process
-def _tell(remark: str) -> None:
-    log.warning(remark)
-
-
-@cache  # once per process and model
-def _tell_rounded(path: str, count: int, first: str) -> None:
-    log.warning(
-        "%s: scales of %d weights, %s first, were rounded to bfloat16 (up to 0.4 %%)",
-        path,
-        count,
-        first,
-    )
 
 
 def _refuse_saving(*args: object, **kwargs: object) -> NoReturn:

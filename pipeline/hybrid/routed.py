@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
@@ -24,7 +25,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint.files import Memory, fresh
 from pipeline.errors import CheckpointError, ResourceError, UserError
 from pipeline.hybrid.backends import BACKENDS
-from pipeline.hybrid.host import fault_in, pin_memory
+from pipeline.hybrid.host import pin_fresh
 from pipeline.hybrid.modules import HybridExperts
 from pipeline.hybrid.native.experts import NativeExperts, kernel_for
 from pipeline.hybrid.native.library import find
@@ -37,6 +38,9 @@ from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 if TYPE_CHECKING:
     from pipeline.hybrid.split import SplitExperts
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 _AT_ONCE = 16
 """Experts that are laid out anew at a time on a device."""
@@ -71,6 +75,24 @@ class Filled:
     backends: Counter[str]
     rounded: Sequence[str]
     """Names of what had its scales rounded to bfloat16."""
+
+
+@contextmanager
+def made_ahead(orders: Mapping[K, Callable[[], T]]) -> Iterator[dict[K, Future[T]]]:
+    """Futures of what `orders` make, in their order, by two threads; at the end, what is not begun
+    is not made, and what is not taken out is gone."""
+    cores = torch.get_num_threads()
+    share = max(1, cores // _ROOMS_AT_ONCE)
+    with ThreadPoolExecutor(
+        _ROOMS_AT_ONCE, "rooms", initializer=torch.set_num_threads, initargs=(share,)
+    ) as pool:
+        made = {key: pool.submit(make) for key, make in orders.items()}
+        try:
+            yield made
+        finally:
+            pool.shutdown(cancel_futures=True)
+            made.clear()
+            torch.set_num_threads(cores)  # what threads to come begin with
 
 
 class RoutedExperts:
@@ -112,23 +134,15 @@ class RoutedExperts:
         if self._device.type != "cuda":
             yield
             return
-        ahead = ("zero-copy", "cpu") if visiting else ("zero-copy",)
-        cores = torch.get_num_threads()
-        share = max(1, cores // _ROOMS_AT_ONCE)
-        with ThreadPoolExecutor(
-            _ROOMS_AT_ONCE, "rooms", initializer=torch.set_num_threads, initargs=(share,)
-        ) as pool:
-            try:
-                for layer, roads in homes.items():
-                    for road in ahead:
-                        if count := sum(its == road for its in roads):
-                            room = pool.submit(self._room, self.layout(layer), road, count)
-                            self._rooms[layer, road] = room
-                yield
-            finally:
-                pool.shutdown(cancel_futures=True)
-                self._rooms.clear()
-                torch.set_num_threads(cores)  # what threads to come begin with
+        ahead: Sequence[Road] = ("zero-copy", "cpu") if visiting else ("zero-copy",)
+        orders: dict[tuple[int, str], Callable[[], Records]] = {
+            (layer, road): partial(self._room, self.layout(layer), road, roads.count(road))
+            for layer, roads in homes.items()
+            for road in ahead
+            if road in roads
+        }
+        with made_ahead(orders) as self._rooms:
+            yield
 
     def fill(self, homes: Table) -> Iterator[Filled]:
         """Every layer's module, in order, within `rooms`.
@@ -289,10 +303,8 @@ class RoutedExperts:
         """Zero-copy experts must be pinned for a GPU; the CPU's do without once it is refused."""
         if self._device.type != "cuda" or (road == "cpu" and not self._pinning):
             return
-        fault_in(records.data.view(-1))
         try:
-            with torch.cuda.device(self._device):
-                pin_memory(records.data)
+            pin_fresh(records.data.view(-1), self._device)
         except RuntimeError as error:
             if road != "cpu":
                 raise self._no_memory(road) from error

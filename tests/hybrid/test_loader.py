@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import hybrid
 from pipeline.errors import CheckpointError, NumericalError, ResourceError, UserError
-from pipeline.hybrid import loader
+from pipeline.hybrid import remarks
 from pipeline.hybrid.modules import HybridExperts, QuantizedLinear
 from pipeline.hybrid.native.experts import NativeExperts
 from pipeline.hybrid.native.library import find
@@ -145,7 +145,7 @@ def test_foreign_scales_are_told_once(damaged, caplog):
         if name.endswith(".scales"):
             tensors[name] = (tensor.float() * (1 + torch.rand_like(tensor.float()) / 50)).half()
     save_file(tensors, damaged / LAYER)
-    loader._tell.cache_clear()  # other tests have loaded models before
+    remarks.tell.cache_clear()  # other tests have loaded models before
     with caplog.at_level(logging.WARNING, "pipeline.hybrid"):
         hybrid.load(damaged, native=False)
         hybrid.load(damaged, native=False)
@@ -246,7 +246,7 @@ def test_without_the_compiled_kernel(experts_only, monkeypatch, caplog):
     ids = _ids(2, 9)
     with torch.inference_mode():
         want = hybrid.load(experts_only, device="cpu")(ids).logits
-    loader._tell.cache_clear()
+    remarks.tell.cache_clear()
     monkeypatch.setattr("pipeline.hybrid.native.experts.find", lambda: "this test hides it")
     model = hybrid.load(experts_only, device="cpu")
     assert model.hybrid_placement["backends"]["experts"] == {"int4pack": 4}

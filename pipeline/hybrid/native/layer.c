@@ -9,9 +9,6 @@
  * threads spin for some time after each of torch's own products.
  */
 #include <stdlib.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "layer.h"
 
