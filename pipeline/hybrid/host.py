@@ -77,12 +77,15 @@ class Staging(threading.local):
         """uint8 [nbytes], for as long as nothing else is asked for; pinned if it can be."""
         if nbytes > _STAGED:
             return host_memory(nbytes, pin=False)
-        torch.cuda.current_stream(self._device).synchronize()  # the copies of what was in it
+        stream = torch.cuda.current_stream(self._device)
+        stream.synchronize()  # the copies of what was in it
         if self._held is None or len(self._held) < nbytes:
             self._held = None
             self._held = host_memory(nbytes, pin=False)
             with suppress(RuntimeError):
                 pin_fresh(self._held, self._device)
+            # A thread may end while what it read last still travels; called before unpinning.
+            weakref.finalize(self._held.untyped_storage(), stream.synchronize)
         return self._held[:nbytes]
 
 

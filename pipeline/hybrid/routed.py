@@ -86,8 +86,9 @@ def made_ahead(orders: Mapping[K, Callable[[], T]]) -> Iterator[dict[K, Future[T
     with ThreadPoolExecutor(
         _ROOMS_AT_ONCE, "rooms", initializer=torch.set_num_threads, initargs=(share,)
     ) as pool:
-        made = {key: pool.submit(make) for key, make in orders.items()}
+        made: dict[K, Future[T]] = {}
         try:
+            made.update((key, pool.submit(make)) for key, make in orders.items())
             yield made
         finally:
             pool.shutdown(cancel_futures=True)

@@ -7,7 +7,8 @@ import torch
 from test_backends import random_quantized
 
 from pipeline.hybrid import stream as module
-from pipeline.hybrid.records import host_memory, pack
+from pipeline.hybrid.host import host_memory
+from pipeline.hybrid.records import pack
 from pipeline.hybrid.stream import BOTH, NEAR, Stream, ring
 
 CPU = torch.device("cpu")
