@@ -31,9 +31,10 @@ CODE = 1024 * MIB
 measured by itself: at 80B geometry an H200 held 2.3 to 3.0 GiB beyond torch's own (2026-11-26), of
 which this is what the items beside it do not explain."""
 STACK = 1 / 8
-"""Bytes of local memory of a thread in DeltaNet's scan, for the square of a key's channels: ptxas
-gives it 1,936 at 128 channels and 376 at 64 (Triton 3.6, sm_90).  The driver keeps as much for
-every thread that a GPU can hold."""
+"""Bytes of local memory of a thread, for the square of a DeltaNet key's channels.  The driver keeps
+as much for every thread that a GPU can hold.  Of a scan that took 1,936 at 128 channels; now it
+takes none there, 712 at 256 and 120 at 64 (ptxas, Triton 3.6, sm_90).  What libraries' kernels take
+is not known, so this stays until a GPU's memory has been measured without it."""
 RESIDENT_THREADS = 132 * 2048
 """Of an H100 or H200: what is assumed of a GPU that is not here."""
 PAGE, ENTRY = 4096, 8
