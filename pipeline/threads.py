@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -18,10 +19,21 @@ SWITCH_SECONDS = 0.0005
 hold the interpreter for microseconds; with Python's own 5 ms they wait a thousand times as long
 whenever another one parses or counts."""
 
+POLITE = 10
+"""The system's niceness of a thread that makes way: a tenth of a processor beside one that does
+not."""
+
 
 def share_interpreter() -> None:
     """Let threads that do little Python have their turn soon."""
     sys.setswitchinterval(SWITCH_SECONDS)
+
+
+def give_way() -> None:
+    """Let all others have the processors first, for a thread that only digests: what goes on beside
+    it, opening a source or looking at values, takes longer than the digests do."""
+    with suppress(OSError):  # a system that lets nobody be polite
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), POLITE)
 
 
 def use_threads(wanted: int | None = None) -> None:

@@ -19,6 +19,9 @@ from pipeline.checkpoint.stored import DTYPES, TensorEntry
 from pipeline.errors import CheckpointError
 from pipeline.system_errors import advice
 
+PIECE_BYTES = 8 << 20
+"""Read at once of a tensor that is only looked at."""
+
 GAP_BYTES = 64 * 1024
 """Bytes worth reading and dropping to save one call (a matrix's small parts lie a few kB apart)."""
 
@@ -115,6 +118,19 @@ class TensorFiles:
             base += stop - start
         found = {entry.name: place for entry, place in zip(entries, places, strict=True)}
         return Gathered(data, found)
+
+    def pieces(self, entry: TensorEntry) -> Iterator[Tensor]:
+        """A tensor's elements in order, flat, some at a time; each piece takes the place of the
+        one before.
+
+        Raises CheckpointError as `gather` does.
+        """
+        dtype = DTYPES[entry.dtype]
+        buffer = torch.empty(min(PIECE_BYTES, entry.nbytes), dtype=torch.uint8)
+        for start in range(0, entry.nbytes, PIECE_BYTES):
+            piece = buffer[: min(PIECE_BYTES, entry.nbytes - start)]
+            self._fill(entry.file, entry.offset + start, piece.numpy().data)
+            yield piece.view(dtype)
 
     def _bytes(self, file: str, offset: int, count: int) -> bytes:
         with suppress(OSError):

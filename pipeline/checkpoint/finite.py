@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,17 @@ def require_finite(
         f"{names[index]}: {bad:,} of {values[index].numel():,} {what or 'values'} are NaN, Inf or "
         "too large for the tensor's type; the file is damaged or the model was saved broken"
     )
+
+
+def all_finite(pieces: Iterable[Tensor]) -> bool:
+    """Whether a tensor that comes piece by piece holds neither NaN nor Inf.
+
+    To find memory for all of a large one takes longer than to read it.
+    """
+    for piece in pieces:
+        if piece.is_floating_point() and not _fine(piece, float("inf")):
+            return False
+    return True
 
 
 INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.admission import refuse_code, refuse_unfinished
-from pipeline.checkpoint.files import Gathered, Memory, TensorFiles, fresh
+from pipeline.checkpoint.files import GAP_BYTES, Gathered, Memory, TensorFiles, fresh
+from pipeline.checkpoint.finite import all_finite
 from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.header import FileHeader, read_header
 from pipeline.checkpoint.index import check_against, read_json, read_layout, resolve_inside
+from pipeline.checkpoint.lazy import LazyParts
 from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.stored import (
     PackedFormat,
@@ -32,6 +34,10 @@ from pipeline.quantize.tensor import QuantizedTensor
 
 LEGACY_CONFIG = "quantize_config.json"
 """Where AutoGPTQ kept what now stands in config.json's quantization_config."""
+PLAIN = "dense"
+"""The format of tensors that are stored as they are."""
+CHECKED = 512
+"""Weights checked together: some formats decode all of them to see what is wrong."""
 MAX_TENSORS = 2_000_000
 """In a directory; the largest models have a quarter of that."""
 
@@ -233,11 +239,20 @@ class Checkpoint:
             self._resolve(weights)
         except CheckpointError as error:
             return [Problem(str(self.path), str(error))]
+        stored = [self._stored_parts(weight) for weight in weights]
+        # A matrix's small parts lie beside its neighbours': together they take fewer reads.
+        parts = [part for its in stored for part in its.values()]
+        small = self._files.gather([part for part in parts if part.nbytes <= GAP_BYTES])
         found = []
         for group in self._groups(weights):
-            some = [weights[i] for i in group]
-            storage = self._storage[some[0].format]
-            found += storage.problems(some, _LazyParts(some, self), self.config)
+            for first in range(0, len(group), CHECKED):
+                part = group[first : first + CHECKED]
+                some, its = [weights[i] for i in part], [stored[i] for i in part]
+                storage = self._storage[some[0].format]
+                plain = some[0].format == PLAIN  # of which no more can be said
+                if not (plain and all(all_finite(self._files.pieces(p["data"])) for p in its)):
+                    lazy = LazyParts(its, self._files, small)
+                    found += storage.problems(some, lazy, self.config)
         return found
 
     def check_states(self, names: Iterable[str] | None = None) -> None:
@@ -322,30 +337,6 @@ class Checkpoint:
     def _decode(self, weights: Sequence[StoredWeight], stored: Gathered) -> Tensor:
         storage = self._storage[weights[0].format]
         return storage.decode(weights, _known(weights[0]), self._parts(weights, stored))
-
-
-class _LazyParts(Mapping[str, Tensor]):
-    """Stacked parts of weights laid out alike, read when asked for: most checks need few."""
-
-    def __init__(self, weights: Sequence[StoredWeight], checkpoint: Checkpoint) -> None:
-        self._weights = weights
-        self._checkpoint = checkpoint
-        self._names = list(checkpoint._stored_parts(weights[0]))
-        self._read: dict[str, Tensor] = {}
-
-    def __getitem__(self, part: str) -> Tensor:
-        if part not in self._names:
-            raise KeyError(part)
-        if part not in self._read:
-            entries = [weight.parts[part] for weight in self._weights]
-            self._read[part] = self._checkpoint._files.gather(entries).stack(entries)
-        return self._read[part]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _known(weight: StoredWeight) -> State:

@@ -15,6 +15,7 @@ from pipeline.checkpoint.problem import Problem
 from pipeline.checkpoint.untrusted import SMALL, read_limited, shown
 from pipeline.checkpoint.writer import FileRecord, write_bytes
 from pipeline.errors import CheckpointError
+from pipeline.threads import give_way
 
 THREADS = min(16, os.cpu_count() or 1)
 """Files digested at once."""
@@ -57,7 +58,7 @@ class EarlyDigests:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="digests")
+        self._pool = ThreadPoolExecutor(THREADS, "digests", initializer=give_way)
         self._begun = {path: self._pool.submit(self._digest, path) for path in paths}
 
     def __enter__(self) -> EarlyDigests:
@@ -147,7 +148,7 @@ def check_sums(
     problems = []
     # The longest first: none of them is begun when others have nothing left to do.
     order = sorted(chosen, key=lambda name: _size(directory / name), reverse=True)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS, "sums", initializer=give_way) as pool:
         checked = {n: pool.submit(_check_sum, directory, n, chosen[n]) for n in order}
         for name in chosen:
             progress(f"checksum of {name}")

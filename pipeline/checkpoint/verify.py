@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoint.index import INDEX_NAME
 from pipeline.checkpoint.names import ExpertName, expert_of
@@ -73,28 +72,29 @@ def _opened(
     progress: Callable[[str], None],
     further: Callable[[Checkpoint], list[Problem]],
 ) -> list[Problem]:
-    problems = [Problem("config.json", what) for what in checkpoint.describe().conflicts]
-    problems += _index_problems(checkpoint)
-    problems += _map_problems(checkpoint)
-    if not checkpoint.headers_only:
+    batches = [] if checkpoint.headers_only else _batches(checkpoint)
+    with single_threads(THREADS, "values") as pool:
+        checked = pool.map(checkpoint.problems, batches)
+        # Meanwhile, as it takes one processor.
+        problems = [Problem("config.json", what) for what in checkpoint.describe().conflicts]
+        problems += _index_problems(checkpoint)
+        problems += _map_problems(checkpoint)
+        others = further(checkpoint)
         try:
-            batches = _batches(checkpoint)
-            with single_threads(THREADS, "values") as pool:
-                checked = pool.map(checkpoint.problems, batches)
-                for number, (names, found) in enumerate(zip(batches, checked, strict=True), 1):
-                    progress(f"values of {names[0]}, {number} of {len(batches)}")
-                    problems += found
+            for number, (names, found) in enumerate(zip(batches, checked, strict=True), 1):
+                progress(f"values of {names[0]}, {number} of {len(batches)}")
+                problems += found
         except CheckpointError as error:  # the config makes no sense, or a file has changed
             problems.append(Problem(str(checkpoint.path), str(error)))
-    return problems + further(checkpoint)
+    return problems + others
 
 
 def _batches(checkpoint: Checkpoint) -> list[list[str]]:
-    """Names of weights to be read together: one projection of a layer's experts, or one other."""
-    batches: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    """Names of weights to be read together: a layer's experts, or one other."""
+    batches: dict[str | int, list[str]] = defaultdict(list)
     for name in checkpoint.weights:
         expert = expert_of(name)
-        batches[(name,) if expert is None else (expert.layer, expert.rest)].append(name)
+        batches[name if expert is None else expert.layer].append(name)
     return list(batches.values())
 
 

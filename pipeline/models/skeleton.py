@@ -91,7 +91,11 @@ def model_config(config: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model with every parameter and buffer on the meta device."""
+    """The causal language model with every parameter and buffer on the meta device.
+
+    transformers makes `dtype` the process's default meanwhile: anything but float32 is for times
+    when no other thread computes.
+    """
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -125,7 +129,8 @@ def expected_shapes(
         for expert in range(geometry.experts):
             for projection, shape in shapes.items():
                 names[f"{architecture.expert_module(layer, expert, projection)}.weight"] = shape
-    skeleton = build_skeleton(model_config(checkpoint.config), torch.bfloat16)
+    # Only shapes are looked at, and others may compute meanwhile (see there).
+    skeleton = build_skeleton(model_config(checkpoint.config), torch.float32)
     experts = tuple(
         f"{architecture.layer_prefix(i)}{architecture.experts}." for i in geometry.moe_layers
     )

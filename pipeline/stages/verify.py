@@ -105,7 +105,7 @@ def _linear_modules(
     checkpoint: Checkpoint, architecture: Architecture, wanted: Mapping[str, object]
 ) -> set[str]:
     """Names of the weights of linear modules, experts' included: what can be quantised."""
-    skeleton = build_skeleton(model_config(checkpoint.config), torch.bfloat16)
+    skeleton = build_skeleton(model_config(checkpoint.config), torch.float32)
     found = {f"{name}.weight" for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
     return found | {name for name in wanted if f".{architecture.experts}." in name}
 

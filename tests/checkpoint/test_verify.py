@@ -190,6 +190,18 @@ def test_dense_and_bnb_values(tmp_path):
     one(write_model(tmp_path / "2", {"model.safetensors": given}, config), name, "block scales")
 
 
+def test_values_looked_at_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.checkpoint.files.PIECE_BYTES", 96)
+    monkeypatch.setattr("pipeline.checkpoint.reader.CHECKED", 3)
+    given = tensors()
+    assert found(sealed(tmp_path / "1", given)) == []
+    given["lm_head.weight"][7, 63] = float("nan")
+    one(sealed(tmp_path / "2", given), "lm_head.weight", "1 of 512")
+    given = tensors()
+    given[f"{EXPERT[:-9]}3.up_proj.scales"][0, 0] = float("nan")
+    one(sealed(tmp_path / "3", given), f"{EXPERT[:-9]}3.up_proj", "scales are not all finite")
+
+
 def test_missing_experts(tmp_path):
     given = {k: v for k, v in tensors().items() if not k.startswith(EXPERT)}
     one(sealed(tmp_path, given), "config.json", "layers hold 3 to 4 experts")
