@@ -17,7 +17,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,10 @@ from pipeline.errors import OutputError
 from pipeline.system_errors import advice
 
 CHUNK_BYTES = 16 * 1024 * 1024
+
+FLUSH_BYTES = 128 << 20
+"""Written before the disk is set to work on them: left to the end, all of a file would be waited
+for, and the disk would have done nothing before."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room for a file, or may not be."""
@@ -50,13 +54,18 @@ class FileRecord:
 
 
 class _Digest:
-    """Counts and digests what passes to a stream; large pieces are digested while written."""
+    """Counts and digests what passes to a stream; large pieces are digested while written.
+
+    `beside`: two threads, for digests and for flushing.
+    """
 
     def __init__(self, stream: BinaryIO, beside: ThreadPoolExecutor) -> None:
         self.stream = stream
         self.size = 0
         self.sha256 = hashlib.sha256()
         self._beside = beside
+        self._flushed: Future[None] | None = None
+        self._unflushed = 0
 
     def write(self, data: bytes | memoryview) -> None:
         if len(data) < CHUNK_BYTES // 16:
@@ -67,6 +76,16 @@ class _Digest:
             self._store(data)
             digested.result()
         self.size += len(data)
+        self._unflushed += len(data)
+        if self._unflushed >= FLUSH_BYTES and (self._flushed is None or self._flushed.done()):
+            self.flushed()
+            self._flushed = self._beside.submit(os.fdatasync, self.stream.fileno())
+            self._unflushed = 0
+
+    def flushed(self) -> None:
+        """Wait for the flushing that was begun; OSError where it failed."""
+        if self._flushed is not None:
+            self._flushed.result()
 
     def _store(self, data: bytes | memoryview) -> None:
         for start in range(0, len(data), CHUNK_BYTES):
@@ -90,12 +109,13 @@ def _atomic(path: Path) -> Iterator[_Digest]:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         with (
             os.fdopen(os.open(temporary, flags, 0o666), "wb", buffering=0) as stream,
-            ThreadPoolExecutor(1, thread_name_prefix="digest") as beside,
+            ThreadPoolExecutor(2, thread_name_prefix="digest") as beside,
         ):
             with contextlib.suppress(OSError):  # a file system without locks: nothing is swept
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             digest = _Digest(stream, beside)
             yield digest
+            digest.flushed()
             os.fsync(stream.fileno())
         temporary.replace(path)
         directory = os.open(path.parent, os.O_RDONLY)

@@ -1,5 +1,6 @@
 """Files that are written: whole or absent, always the same bytes, readable by others."""
 
+import errno
 import hashlib
 import json
 import os
@@ -115,6 +116,26 @@ def test_nothing_is_left_after_a_failure(tmp_path):
         write_safetensors(tmp_path / "m", Broken({"a": torch.ones(3)}))
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert (tmp_path / "m").read_bytes() == b"old"
+
+
+def test_a_disk_that_fails_beside_the_writing(tmp_path, monkeypatch):
+    """What was written is flushed meanwhile, and an error of that is not told a second time."""
+    flushed = []
+    monkeypatch.setattr("pipeline.checkpoint.writer.FLUSH_BYTES", 100)
+    monkeypatch.setattr("pipeline.checkpoint.writer.os.fdatasync", flushed.append)
+    record = write_safetensors(tmp_path / "m", {"a": torch.randn(1000)})
+    assert flushed
+    old = (tmp_path / "m").read_bytes()
+    assert hashlib.sha256(old).hexdigest() == record.sha256
+
+    def failing(_descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pipeline.checkpoint.writer.os.fdatasync", failing)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_safetensors(tmp_path / "m", {"a": torch.randn(1000)})
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m").read_bytes() == old
 
 
 def test_unwritable_place(tmp_path):
