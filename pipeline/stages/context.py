@@ -78,10 +78,14 @@ class Context:
     """By stage; given by whoever has made a plan."""
     digest: Callable[[Path], str] = field(default=digest_file)
     """SHA-256 of a file of the source; a run begins with them before it opens the source."""
+    warmed: Callable[[], None] = field(default=lambda: None)
+    """Waits until what the first layer needs of the device is ready (`warm_up`)."""
     retreats: int = 0
     """How often the device's memory ran out, so that less was put on it (`placement.retreat`)."""
     progress: Callable[[str], None] = field(default=lambda _message: None)
     """Told, in a few words, what is going on inside a long job."""
+    within: Callable[[float], None] = field(default=lambda _share: None)
+    """Told how much of a long job is done, from 0 to 1."""
 
     @property
     def solvers(self) -> tuple[torch.device, ...]:

@@ -1,4 +1,4 @@
-"""Which storage format a method writes, and which modules its config must name."""
+"""What a recipe says to the solver, to the storage format, and of modules in its config."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pipeline.checkpoint.formats import FORMATS
 from pipeline.checkpoint.output import ModuleRules, OutputFormat
 from pipeline.errors import RecipeError
 from pipeline.models import Architecture
+from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.recipe import Requantize
 
@@ -35,6 +36,17 @@ def output_format(recipe: Requantize) -> OutputFormat:
             f" change it, or set requantize.format to {DEFAULT}"
         )
     return found
+
+
+def solver_options(recipe: Requantize) -> SolverOptions:
+    """What the recipe tells every quantiser."""
+    return SolverOptions(
+        damping=recipe.damping,
+        activation_order=recipe.activation_order,
+        scale_search=recipe.scale_search,
+        negative_scales=recipe.negative_scales,
+        refinement_passes=recipe.refinement_passes,
+    )
 
 
 def module_rules(architecture: Architecture, chosen: Collection[str]) -> ModuleRules:

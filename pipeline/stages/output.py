@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.checkpoint.pieces import Name, PackedTile, write_experts
 from pipeline.checkpoint.split import experts_file
 from pipeline.checkpoint.writer import FileRecord, write_safetensors
+from pipeline.stages.streams import drop_streams
 from pipeline.stages.units import dense_file, layer_unit, streams_file
 from pipeline.workdir import WorkDirectory
 
@@ -173,6 +174,4 @@ class OutputWriter:
         The marker leaves them out, since a later layer removes them.
         """
         self.write_file(streams_file(layer), streams)
-        for path in sorted(self._work.internal.glob("streams-*.safetensors")):
-            if path != self._work.root / streams_file(layer):
-                path.unlink()
+        drop_streams(self._work, layer)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -32,12 +32,11 @@ from pipeline.evaluate.windows import Windows
 from pipeline.models.architecture import ModuleGroup
 from pipeline.quantize.hessian import add_moment, rounded_out
 from pipeline.quantize.methods import QUANTIZERS
-from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import DOWN_SAMPLE_TOKENS, LayerStatistics, TileJob
 from pipeline.stages.folding import FoldedLayer, LayerFolding
-from pipeline.stages.formats import output_format
+from pipeline.stages.formats import output_format, solver_options
 from pipeline.stages.nonexpert import gather_nonexpert
 from pipeline.stages.output import LayerEnd, LayerOutput, OutputWriter
 from pipeline.stages.placement import place
@@ -62,20 +61,16 @@ class Requantize:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        context.warmed()
         self._texts = context.texts
         recipe = context.recipe.requantize
         self._quantizer = QUANTIZERS[recipe.method]
         self._scheme = AffineScheme(recipe.bits, recipe.group_size, recipe.symmetric)
-        self._options = SolverOptions(
-            damping=recipe.damping,
-            activation_order=recipe.activation_order,
-            scale_search=recipe.scale_search,
-            negative_scales=recipe.negative_scales,
-            refinement_passes=recipe.refinement_passes,
-        )
+        self._options = solver_options(recipe)
         self._corrects = recipe.error_correction and self._quantizer.needs_hessian
         self._weighs = recipe.output_weighting and self._quantizer.weighs_outputs
-        self._sensitivity: Sensitivity | None = None
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="sensitivity")
+        self._sensitivity: Future[Sensitivity] | None = None
         self._pack = output_format(recipe).pack
         self._stream = LayerStream(context.checkpoint, context.architecture, context.device)
         self._folding = (
@@ -102,10 +97,18 @@ class Requantize:
             self._record_original(started)
             return
         layer = self._context.geometry.layers if job.layer is None else job.layer
-        streams = self._enter(layer)
         if job.layer is None:
-            self._record_reference(streams, started)
+            self._record_reference(self._enter(layer), started)
             return
+        if self._weighs and self._sensitivity is None:
+            context = self._context
+            self._sensitivity = self._beside.submit(
+                Sensitivity, context.checkpoint, context.architecture, context.device
+            )
+        streams = self._enter(layer)
+        if self._sensitivity is not None:
+            # Before a layer is gone through: it sets the precision of the process's products.
+            self._sensitivity.result()
         if not self._reading:
             self._crew.read(lambda: self._jobs_from(layer))
             self._reading = True
@@ -117,15 +120,16 @@ class Requantize:
             self._writer.close()
         finally:
             self._crew.close()
-            self._streams = self._snapshot = None
+            self._beside.shutdown()
+            self._streams = self._snapshot = self._sensitivity = None
 
     def _enter(self, layer: int) -> Streams:
         """The streams as they enter a layer: in memory, embedded anew, or from disk."""
         if self._streams is not None and self._streams.after == layer - 1:
             return self._streams
         if layer == 0:
-            calibration = self._stream.embed(self._texts.calibration, self._home)
-            evaluation = self._stream.embed(self._texts.windows.token_ids, self._home)
+            texts = (self._texts.calibration, self._texts.windows.token_ids)
+            calibration, evaluation = self._stream.embed_all(texts, self._home)
             check_finite(calibration, "the embedding")
             target = calibration.clone() if self._corrects else None
             self._streams = Streams(-1, calibration, evaluation, target)
@@ -280,6 +284,7 @@ class Requantize:
             counted["raised_damping"] += result.raised_damping
             counted["smallest_scales"] += result.smallest_scales
             self._solved += len(result.job.experts)
+            self._context.within(result.job.experts.stop / geometry.experts)
             self._context.progress(
                 f"layer {layer + 1} of {geometry.layers}, expert {result.job.experts.stop}"
                 f" of {geometry.experts}; {self._rates()}"
@@ -311,16 +316,13 @@ class Requantize:
             self._context.recipe.calibration.seed * 1_000_003 + layer
         )
         chosen = torch.randperm(tokens, generator=generator)[:DOWN_SAMPLE_TOKENS]
-        if self._weighs and self._sensitivity is None:
-            context = self._context
-            self._sensitivity = Sensitivity(
-                context.checkpoint, context.architecture, context.device
-            )
         return LayerStatistics(
             common=rounded_out(common / tokens, tokens),
             sample=rows_on(device, routed.inputs, chosen),
             target=None if target is None else target.inputs,
-            sensitivity=None if self._sensitivity is None else self._sensitivity.after(layer),
+            sensitivity=(
+                None if self._sensitivity is None else self._sensitivity.result().after(layer)
+            ),
             scale=folded.experts,
             folds_down=folded.down,
         )
@@ -366,14 +368,12 @@ class Requantize:
         )
 
     def _write_rest(self) -> list[FileRecord]:
-        """The tensors outside all layers, and the shards of all but experts."""
+        """The shards of all but experts: what the layers left, and what lies outside all layers."""
         context = self._context
-        tensors = {name: context.checkpoint.load(name) for name in self._stream.outer_names()}
-        outer = self._writer.write_file(dense_file(None), tensors)
-        del tensors  # a gigabyte, while files are joined
         self._writer.wait()
-        files = [dense_file(layer) for layer in (None, *range(context.geometry.layers))]
-        return [outer, *gather_nonexpert(context.work.root, files)]
+        files = [dense_file(layer) for layer in range(context.geometry.layers)]
+        outer = self._stream.outer_names()
+        return list(gather_nonexpert(context.work.root, files, context.checkpoint, outer))
 
     def _record_original(self, started: float) -> None:
         """The original's predictions on the validation windows."""

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from pipeline.stages.formats import module_rules, output_format
 from pipeline.stages.nonexpert import PATTERN, Sizes, write_nonexpert
 from pipeline.stages.side_files import copy_side_files, digest_side_files
 from pipeline.stages.source import as_stored
+from pipeline.stages.streams import drop_streams
 from pipeline.stages.texts import text_licences
 from pipeline.stages.units import (
     ORIGINAL_FILE,
@@ -51,7 +53,7 @@ from pipeline.stages.units import (
     REFERENCE_UNIT,
     layer_unit,
 )
-from pipeline.workdir import CONVERSION, PEAKS, WorkDirectory
+from pipeline.workdir import CONVERSION, PEAKS, Marker, WorkDirectory
 
 UNIT = "shard"
 
@@ -90,8 +92,21 @@ class Shard:
         checked = context.work.finished(CHECK_UNIT)
         if checked is None or len(last) != len(units) or len(layers) != context.geometry.layers:
             raise OutputError(f"{root}: requantize is not finished; run it first")
-        records = {r.name: r for m in [*layers, *last] for r in m.outputs}
         context.progress("tables and checksums")
+        with ThreadPoolExecutor(1, thread_name_prefix="remove") as beside:
+            # Gigabytes, which take a second; no layer will be begun from them any more.
+            removed = beside.submit(drop_streams, context.work)
+            self._assemble(started, layers, last, checked)
+            removed.result()
+        context.work.publish()
+
+    def _assemble(
+        self, started: float, layers: Sequence[Marker], last: Sequence[Marker], checked: Marker
+    ) -> None:
+        """Write what is missing, and the seal."""
+        context = self._context
+        root = context.work.root
+        records = {r.name: r for m in [*layers, *last] for r in m.outputs}
         nonexpert = {r: _sizes(root / r.name) for n, r in records.items() if fnmatch(n, PATTERN)}
         experts = {
             records[experts_file(i)]: (i, _sizes(root / experts_file(i)))
@@ -112,7 +127,6 @@ class Shard:
         write_json(root / CONVERSION, self._conversion(started))
         copy_side_files(context.checkpoint.path, root, checked.data["side_files"])
         seal(root, sealed)
-        context.work.publish()
 
     def close(self) -> None:
         """Nothing is held."""

@@ -9,7 +9,7 @@ all at once.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -127,9 +127,15 @@ class LayerStream:
     def embed(self, tokens: Tensor, home: torch.device | None = None) -> Tensor:
         """Token ids [sequences, length] -> [sequences, length, hidden] on `home` (None: the
         device)."""
+        return self.embed_all([tokens], home)[0]
+
+    def embed_all(
+        self, texts: Sequence[Tensor], home: torch.device | None = None
+    ) -> tuple[Tensor, ...]:
+        """The same of several texts; the table is read once."""
         home = home or self.device
-        table = self.checkpoint.load(f"{self.architecture.embedding}.weight", home)
-        return nn.functional.embedding(tokens.to(home), table.to(self.dtype))
+        table = self.checkpoint.load(f"{self.architecture.embedding}.weight", home).to(self.dtype)
+        return tuple(nn.functional.embedding(tokens.to(home), table) for tokens in texts)
 
     def record(self, module: nn.Module, hidden: Tensor, *, hooked: bool = True) -> Recorded:
         """Run a stream through a layer's dense parts, a fixed token batch at a time.

@@ -84,6 +84,14 @@ class SavePolicy:
         return True
 
 
+def drop_streams(work: WorkDirectory, but: int | None = None) -> None:
+    """Delete saved activations, those that leave layer `but` excepted."""
+    kept = None if but is None else work.root / streams_file(but)
+    for path in sorted(work.internal.glob("streams-*.safetensors")):
+        if path != kept:
+            path.unlink()
+
+
 def resumable_layers(work: WorkDirectory, layers: int) -> int:
     """How many layers, from the first, a run need not do again: those up to the last whose streams
     are in place; finished layers beyond it have to be redone, as what leaves them is not known."""

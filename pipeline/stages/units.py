@@ -22,9 +22,9 @@ ORIGINAL_FILE = "validation_original.safetensors"
 """As REFERENCE_FILE, of the original that the recipe names as `source.reference`."""
 
 
-def dense_file(layer: int | None) -> str:
-    """Intermediate name of a layer's other tensors; None: those outside all layers."""
-    return f".work/dense-{'outer' if layer is None else f'{layer:03d}'}.safetensors"
+def dense_file(layer: int) -> str:
+    """Intermediate name of a layer's other tensors."""
+    return f".work/dense-{layer:03d}.safetensors"
 
 
 def streams_file(layer: int) -> str:
@@ -84,16 +84,16 @@ def jobs(context: Context) -> list[Job]:
                 layer=layer,
             )
         )
-    dense = 2 * sum(its.dense_elements for its in (*by_layer, outer))
+    left = 2 * sum(its.dense_elements for its in by_layer)
     logits = 8 * max(TOKENS_PER_BATCH // 4, recipe.validate_.window) * geometry.vocabulary
     listed.append(
         Job(
             stage="requantize",
             unit=REFERENCE_UNIT,
             inputs=tuple(sorted(outer.files)),
-            outputs=(dense_file(None), REFERENCE_FILE, PATTERN),
-            bytes_read=outer.nbytes + dense,
-            bytes_written=2 * outer.dense_elements + 150 * evaluation + dense,
+            outputs=(REFERENCE_FILE, PATTERN),
+            bytes_read=outer.nbytes + left,
+            bytes_written=left + 2 * outer.dense_elements + 150 * evaluation,
             half_flops=2.0 * evaluation * geometry.hidden * geometry.vocabulary,
             host_bytes=4 * outer.dense_elements + streams + logits,
         )

@@ -166,6 +166,21 @@ def test_nonexpert_shards_are_bounded(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+def test_a_shard_that_cannot_be_read_leaves_whole_ones_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonexpert, "NONEXPERT_BYTES", 1000)
+    described = {f"{i}": (torch.float32, (100,)) for i in range(7)}
+
+    def read(name):
+        if name == "3":
+            raise CheckpointError("3: has been changed")
+        return torch.zeros(100)
+
+    with pytest.raises(CheckpointError, match="has been changed"):
+        nonexpert.write_nonexpert(tmp_path, described, read)
+    for file in tmp_path.iterdir():
+        assert "3" not in load_file(file)
+
+
 def test_a_conversion_is_never_replaced(single, project):
     """Neither a finished one nor the work of one that is under way."""
     project.run(until="requantize")
