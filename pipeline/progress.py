@@ -1,7 +1,8 @@
 """Progress of long work: a bar on a terminal, plain timed lines elsewhere.
 
-The remaining time is a measured rate times the work left, in the plan's own units of work; until
-two units are done (the first pays for start-up) it says "warming up" rather than guess.
+The remaining time is a measured rate times the work left, in the plan's own units of work.  Until
+two units are done (the first pays for start-up) the rate is that of the unit under way, once a good
+part of it is done; before that it says "warming up" rather than guess.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from rich.progress import (
 SILENCE_SECONDS = 30.0
 """Off a terminal, at most one line of detail in that time."""
 
+SETTLED = 0.25
+"""Part of a unit after which its own rate is believed."""
+
 
 class Reporter:
     """Tells a person how far a list of jobs has come; use as a context manager."""
@@ -40,6 +44,8 @@ class Reporter:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._title = ""
+        self._work = self._share = 0.0
+        self._begun = self._started
 
     def __enter__(self) -> Reporter:
         if self._console.is_terminal and not self._quiet:
@@ -65,8 +71,9 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
 
-    def start(self, title: str) -> None:
-        """A job begins; off a terminal the first of a stage is told at once."""
+    def start(self, title: str, work: float = 0.0) -> None:
+        """A job of that much work begins; off a terminal the first of a stage is told at once."""
+        self._work, self._share, self._begun = work, 0.0, time.monotonic()
         stage, self._title = self._title.partition(":")[0], title
         if self._bar is not None:
             self._bar.update(self._task, description=title)
@@ -82,9 +89,14 @@ class Reporter:
         elif time.monotonic() - self._last_line >= SILENCE_SECONDS:
             self._line(f"{message}; {self.remaining()}")
 
+    def within(self, share: float) -> None:
+        """How much of the job is done, from 0 to 1."""
+        self._share = share
+
     def finish(self, work: float, seconds: float) -> None:
         """A job of that much work took that long."""
         self._done += work
+        self._work = self._share = 0.0
         self._timed.append((work, seconds))
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, eta=self.remaining())
@@ -97,13 +109,17 @@ class Reporter:
 
     def remaining(self) -> str:
         """The remaining time in words."""
+        done = self._done
         if len(self._timed) < 2:
-            return "warming up"
-        work = sum(w for w, _ in self._timed[1:])
-        seconds = sum(s for _, s in self._timed[1:])
+            work = self._share * self._work if self._share >= SETTLED else 0.0
+            seconds = time.monotonic() - self._begun
+            done += work
+        else:
+            work = sum(w for w, _ in self._timed[1:])
+            seconds = sum(s for _, s in self._timed[1:])
         if work <= 0:
             return "warming up"
-        return f"{duration(max(self._total - self._done, 0) * seconds / work)} left"
+        return f"{duration(max(self._total - done, 0) * seconds / work)} left"
 
     def _line(self, message: str) -> None:
         self._last_line = time.monotonic()

@@ -288,7 +288,7 @@ def _execute_building(
         announce(f"resuming: {resumed} of {len(jobs)} units are done")
     seconds = sum(whole.job_seconds(job) for job in jobs)
     with _leaving_nothing(context), Reporter(seconds, quiet) as reporter, limited(context):
-        context.progress = reporter.detail
+        context.progress, context.within = reporter.detail, reporter.within
         for name in todo:
             if name in BUILDING:
                 while not _fits(context, whole, name, done, reporter):
@@ -340,7 +340,7 @@ def _run_stage(
                 reporter.skip(whole.job_seconds(job))
                 counted += whole.job_seconds(job)
                 continue
-            reporter.start(_title(job, context))
+            reporter.start(_title(job, context), whole.job_seconds(job))
             started = time.monotonic()
             with device_errors(context, job):
                 if stage is None:

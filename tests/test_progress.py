@@ -48,6 +48,22 @@ def test_no_guess_before_it_is_known():
         assert reporter.remaining() == "0.0 s left"
 
 
+def test_one_long_job_is_reckoned_from_within(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with Reporter(50.0, quiet=True) as reporter:
+        reporter.start("dequantize: check", 10)
+        reporter.finish(10, 5.0)
+        reporter.start("requantize: layer 1 of 1", 30)
+        now += 40
+        reporter.within(0.125)
+        assert reporter.remaining() == "warming up"
+        reporter.within(0.5)  # 15 of 30 in 40 s, and 25 to come
+        assert reporter.remaining() == "1 min 07 s left"
+        reporter.finish(30, 80.0)
+        assert reporter.remaining() == "27 s left"
+
+
 def test_lines_without_a_terminal(capsys, monkeypatch):
     with Reporter(10.0) as reporter:
         reporter.start("requantize: layer 1 of 2")
