@@ -40,6 +40,7 @@ from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.streams import resumable_layers
 from pipeline.stages.validate import UNIT as VALIDATE_UNIT
 from pipeline.stages.validate import answer
+from pipeline.stages.warm_up import WarmUp, output_exists
 from pipeline.threads import use_threads
 from pipeline.workdir import CONVERSION, difference
 
@@ -70,9 +71,11 @@ def run(
         raise RecipeError("the recipe holds a token of yours; take it out, HF_TOKEN is enough")
     use_threads(recipe.limits.threads)
     chosen = _chosen_stages(recipe, until, only)
-    with early_digests(recipe) as digests:
+    solving = "requantize" in chosen and (fresh or not output_exists(recipe))
+    with early_digests(recipe) as digests, WarmUp(recipe, announce, wanted=solving) as warm:
         context = _prepared(recipe, text, chosen, announce)
-        context.digest = digests.of
+        context.digest, context.warmed = digests.of, warm.wait
+        warm.opened(context)
         with set_aside():
             _run(context, chosen, fresh, quiet, announce)
     return context

@@ -16,17 +16,24 @@ import torch
 
 
 def float32_products() -> dict[str, str]:
-    """How the process computes float32 products outside the solver, by torch's own names.
+    """How the process computes float32 products outside the solver, by torch's own names, whether
+    or not some thread is inside at the moment.
 
     "tf32" or "bf16" where they are rounded first, "ieee" where not.
     """
-    backends: Any = torch.backends
-    set_to = {
-        "cuda": str(backends.cuda.matmul.fp32_precision),
-        "cpu": str(backends.mkldnn.matmul.fp32_precision),
-    }
+    with _Inside.lock:
+        cuda, cpu = _Inside.before if _Inside.count else _settings()
+    set_to = {"cuda": cuda, "cpu": cpu}
     # "none" is torch's default and computes the same; it is "ieee" once anybody has put it back.
     return {device: "ieee" if name == "none" else name for device, name in set_to.items()}
+
+
+def _settings() -> tuple[str, str]:
+    """On CUDA and on CPU, as they are now."""
+    # Only the fp32_precision names (torch 2.9 on): after one of them was written, torch refuses to
+    # read the older allow_tf32 spelling of the same switch.
+    backends: Any = torch.backends
+    return str(backends.cuda.matmul.fp32_precision), str(backends.mkldnn.matmul.fp32_precision)
 
 
 class _Inside:
@@ -43,13 +50,11 @@ def full_float32() -> Iterator[None]:
 
     They are the process's: where several threads are inside, the last one out restores.
     """
-    # Only the fp32_precision names (torch 2.9 on): after one of them was written, torch refuses to
-    # read the older allow_tf32 spelling of the same switch.
     backends: Any = torch.backends
     cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
     with _Inside.lock:
         if not _Inside.count:
-            _Inside.before = cuda.fp32_precision, cpu.fp32_precision
+            _Inside.before = _settings()
             cuda.fp32_precision = cpu.fp32_precision = "ieee"
         _Inside.count += 1
     try:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,23 @@ def test_kernels_that_do_not_work_are_not_used(monkeypatch):
     monkeypatch.setattr(backend_module.importlib, "import_module", lambda _name: Broken)
     with pytest.warns(UserWarning, match="plain torch is slower: no compiler for cuda:7$"):
         assert solver_backend(torch.device("cuda", 7)) == "torch"
-    solver_backend.cache_clear()
+    backend_module._tested.cache_clear()
+
+
+def test_threads_that_ask_at_once_share_one_test(monkeypatch):
+    tested: list[torch.device] = []
+
+    class Fine:
+        self_test = staticmethod(tested.append)
+
+    monkeypatch.setattr(backend_module.importlib, "import_module", lambda _name: Fine)
+    devices = [torch.device("cuda"), torch.device("cuda", 0)] * 4
+    try:
+        with ThreadPoolExecutor(len(devices)) as pool:
+            assert set(pool.map(solver_backend, devices)) == {"triton"}
+    finally:
+        backend_module._tested.cache_clear()
+    assert tested == [CUDA] * len(backend_module.KERNELS)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
