@@ -360,6 +360,7 @@ def _run_stage(
 
 
 def _execute_rest(context: Context, name: str, quiet: bool) -> None:
+    context.warmed()  # where no layer was left, nobody has waited for it yet
     jobs = STAGES[name].jobs(context)
     with Reporter(len(jobs), quiet) as reporter:
         context.progress = reporter.detail

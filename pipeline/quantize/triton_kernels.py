@@ -216,9 +216,9 @@ def drift(
 ) -> Tensor:
     """See `correction.routed_drift`: same arguments.
 
-    Of bfloat16 inputs the weighted difference is rounded to bfloat16.  That of two numbers within
-    a factor of two of each other is one; else it is off by at most 2^-9 of itself, each on its own,
-    which thousands of tokens average.
+    Of bfloat16 inputs the difference is rounded to bfloat16, and once more when it is weighted.
+    That of two numbers within a factor of two of each other is one; each rounding is off by at most
+    2^-9 of the number, each on its own, which thousands of tokens average.
     """
     if x_sorted.dtype != torch.bfloat16:
         target, x_sorted = target.float(), x_sorted.float()

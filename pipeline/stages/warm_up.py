@@ -155,13 +155,10 @@ class WarmUp:
         if not self._wanted:
             return
         self._wanted = False
-        try:
-            assert self._first is not None
-            self._first.result()
-            for begun in self._begun:
-                begun.result()
-        except Exception as error:  # the layers will say themselves what is wrong, if it matters
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+        assert self._first is not None
+        reasons = [_reason(self._first), *map(_reason, self._begun)]
+        reason = next(filter(None, reasons), None)
+        if reason is not None:  # the layers will say themselves what is wrong, if it matters
             self._announce(f"kernels could not be compiled ahead ({reason}); going on without")
         self._pool.shutdown()  # the threads' handles of CUDA's libraries serve others then
         self._first, self._begun = None, []  # an error holds on to what was on the device
@@ -189,6 +186,16 @@ class WarmUp:
         self._submit(lambda: problem.solve(2 * inner, hidden, last=False))
         self._submit(lambda: problem.solve(hidden, inner, last=True))
         self._submit(problem.outputs)
+
+
+def _reason(begun: Future[None]) -> str | None:
+    """Why it failed; None if it has not.
+
+    An error that was raised here would hold itself by way of this frame, and with it what it held
+    on the device, until a search for garbage, which leaves it out if it is older (`set_aside`).
+    """
+    error = begun.exception()
+    return None if error is None else (str(error) or type(error).__name__).splitlines()[0]
 
 
 def output_exists(recipe: Recipe) -> bool:

@@ -1,5 +1,6 @@
 """What is done ahead for a GPU; here on the CPU, where a run does without."""
 
+import gc
 import json
 import weakref
 from threading import Event
@@ -7,8 +8,10 @@ from threading import Event
 import pytest
 import torch
 
+from pipeline import run as run_module
 from pipeline.models import ARCHITECTURES
 from pipeline.stages import warm_up
+from pipeline.stages.order import StageEntry
 from pipeline.stages.stream import LayerStream
 from pipeline.stages.warm_up import Problem, WarmUp
 
@@ -47,6 +50,48 @@ def test_a_warm_up_that_fails_is_told_once_and_fails_no_run(project, monkeypatch
         warm.wait()
         assert [ref() for ref in held] == [None]  # the error is not kept, nor what it holds
     assert said == ["kernels could not be compiled ahead (no driver); going on without"]
+
+
+def test_what_fails_later_is_not_kept_either(project, monkeypatch, one_thread):
+    """Nor is it left to a search for garbage, which does not find what was set aside meanwhile."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(warm_up, "solver_backend", lambda _device: "torch")
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def broken(*_arguments, **_named):
+        tensor = torch.zeros(4)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Problem, "solve", broken)
+    monkeypatch.setattr(Problem, "outputs", broken)
+    said: list[str] = []
+    gc.disable()
+    try:
+        with WarmUp(project.recipe, said.append, wanted=True) as warm:
+            warm.wait()
+            assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()
+    assert said == ["kernels could not be compiled ahead (no room); going on without"]
+
+
+def test_validation_does_not_go_on_beside_it(project, cpu_only, one_thread, monkeypatch):
+    """Where all layers were done before, nothing has waited for the threads yet."""
+    done: list[str] = []
+    context = project.run(until="dequantize")
+    context.warmed = lambda: done.append("warmed")
+
+    class Stage:
+        def __init__(self, _context):
+            done.append("made")
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(run_module.STAGES, "validate", StageEntry(lambda _context: [], Stage))
+    run_module._execute_rest(context, "validate", quiet=True)
+    assert done == ["warmed", "made"]
 
 
 def test_layers_go_through_a_forward_pass(project, cpu_only, one_thread, monkeypatch):
