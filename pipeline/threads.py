@@ -56,9 +56,9 @@ def _quota(groups: Path) -> float:
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             quota, period = " ".join((groups / name).read_text() for name in names).split()
+            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
         except (OSError, ValueError):
             continue  # not this version's files
-        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
     return math.inf
 
 

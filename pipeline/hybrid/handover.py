@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.hybrid.host import host_memory
-from pipeline.hybrid.native.crew import Crew
+from pipeline.hybrid.native.crew import Crew, room_for_calls
 from pipeline.hybrid.placing import Division
 from pipeline.hybrid.records import Layout
 
@@ -240,7 +239,7 @@ class Handover:
         for shape, dtype in zip(shapes, dtypes, strict=True):
             offsets.append(end)
             end += -(-shape[0] * shape[1] * dtype.itemsize // _ALIGN) * _ALIGN
-        room = host_memory(end, pin=x.device.type == "cuda").zero_()
+        room = room_for_calls(end, x.device).zero_()
         hidden, choices, weights, out = (
             room[at : at + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
             for at, shape, dtype in zip(offsets, shapes, dtypes, strict=True)

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from pipeline.errors import ResourceError
+
 Backend = Literal["torch", "triton"]
 
 KERNELS = (
@@ -48,6 +50,10 @@ def _tested(index: int) -> Backend:
         with ThreadPoolExecutor(len(modules), thread_name_prefix="kernels") as pool:
             for tested in [pool.submit(_test, module, device) for module in modules]:
                 tested.result()
+    except torch.OutOfMemoryError as error:  # says nothing of Triton, and is not remembered
+        raise ResourceError(
+            "the GPU's memory is full, its kernels cannot even be tried; end what else uses it"
+        ) from error
     except Exception as error:  # whatever is wrong with it, plain torch does the same work
         reason = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"Triton cannot be used, plain torch is slower: {reason}", stacklevel=3)

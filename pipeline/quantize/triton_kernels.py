@@ -228,7 +228,7 @@ def drift(
     for first in range(0, experts, _DRIFT_EXPERTS):  # so that the differences take little memory
         some = offsets[first : first + _DRIFT_EXPERTS + 1]
         rows = slice(some[0], some[-1])
-        difference = target[rows] - x_sorted[rows]
+        difference = (target[rows] - x_sorted[rows]).to(x_sorted.dtype).contiguous()
         if weights is not None:
             difference *= weights[rows].unsqueeze(1)
         ends = torch.tensor([o - some[0] for o in some], device=out.device)

@@ -13,6 +13,7 @@ from problems import fresh, problem
 
 import pipeline.quantize.backend as backend_module
 import pipeline.quantize.methods.gptq as gptq_module
+from pipeline.errors import ResourceError
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.grid import fit_grid
 from pipeline.quantize.hessian import routed_hessians
@@ -37,6 +38,26 @@ def test_kernels_that_do_not_work_are_not_used(monkeypatch):
     monkeypatch.setattr(backend_module.importlib, "import_module", lambda _name: Broken)
     with pytest.warns(UserWarning, match="plain torch is slower: no compiler for cuda:7$"):
         assert solver_backend(torch.device("cuda", 7)) == "torch"
+    backend_module._tested.cache_clear()
+
+
+def test_a_full_gpu_says_nothing_of_triton(monkeypatch):
+    """One line, and the question is asked anew when there is room."""
+    asked: list[torch.device] = []
+
+    def full(device):
+        asked.append(device)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Fine:
+        self_test = staticmethod(full)
+
+    monkeypatch.setattr(backend_module, "KERNELS", ("one",))
+    monkeypatch.setattr(backend_module.importlib, "import_module", lambda _name: Fine)
+    with pytest.raises(ResourceError, match="memory is full"):
+        solver_backend(torch.device("cuda", 7))
+    assert solver_backend(torch.device("cuda", 7)) == "triton"
     backend_module._tested.cache_clear()
 
 

@@ -36,7 +36,7 @@ class Crew:
         """int64 [1], on the device: calls that it has made."""
         self.patience = torch.full_like(self.counter, _PATIENCE)
         """int64 [1], on the device: looks at each answer; 1 since it gave up, until `check`."""
-        self._words = host_memory(192, pin=device.type == "cuda")
+        self._words = room_for_calls(192, device)
         self._words.zero_()
         self._late = self._words[_LATE : _LATE + 8].view(torch.int64)
         handle = library.crew.new(self.request, self.answer, threads)
@@ -135,6 +135,15 @@ class Crew:
                 "the CPU did not compute its experts in time: too much else runs on it, or this "
                 "process was stopped for a while; free it, or use placement zero-copy"
             )
+
+
+def room_for_calls(nbytes: int, device: torch.device) -> Tensor:
+    """uint8 [nbytes] of host memory that device and threads write; ResourceError where it cannot be
+    pinned."""
+    try:
+        return host_memory(nbytes, pin=device.type == "cuda")
+    except RuntimeError as error:
+        raise ResourceError("no memory can be pinned for calls of the CPU's threads") from error
 
 
 def crew_of(model: nn.Module) -> Crew | None:
