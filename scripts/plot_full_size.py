@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounded = [run for run in runs if run["experts"] == most and run["method"] == "rtn"]
     sizes = {run["layers"] for run in runs if run["experts"] != most}
     by_experts = [run for run in runs if run["layers"] in sizes and run["method"] == "gptq"]
-    figure = Figure(figsize=(9, 6.4 if by_experts else 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 6.4 if by_experts else 3.4), layout="constrained")
     panels = figure.subplots(2 if by_experts else 1, 2, squeeze=False)
     for row, (by, some) in enumerate((("layers", by_layers), ("experts", by_experts))):
         if some:
@@ -100,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         layers = [line["layers"] for line in lines]
         name = {"rtn": "rounding"}.get(method, method)
         panels[0][0].plot(layers, [x["seconds"] for x in lines], label=f"so far, {name}")
-        for what in ("GPU", "host"):
-            panels[0][1].plot(layers, [x[what] for x in lines], label=f"{what} so far, {name}")
+        for what, label in (("GPU", "GPU"), ("host", "host with pinned")):
+            panels[0][1].plot(layers, [x[what] for x in lines], label=f"{label} so far, {name}")
     if rounded:
         draw(panels[0][0], rounded, "layers", {"end to end, rounding": "end_to_end_seconds"})
     for panel in panels.flat:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
         panel.set_xlim(left=0)
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(args.output, metadata={"Date": None})
 
 

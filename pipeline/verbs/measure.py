@@ -148,18 +148,22 @@ def generate(
     if verify and (problems := check_sums(model)):
         raise CheckpointError(f"{model}: {problems[0]}; `requant verify` tells all that is wrong")
     use_threads()
-    made = stream_text(
-        model,
-        prompt,
-        max_new_tokens,
-        device_memory,
-        sys.stdout,
-        placement,
-        announce=announce,
-        count_use=stats,
-        native=native,
-        follow_use=follow_use,
-    )
+    try:
+        made = stream_text(
+            model,
+            prompt,
+            max_new_tokens,
+            device_memory,
+            sys.stdout,
+            placement,
+            announce=announce,
+            count_use=stats,
+            native=native,
+            follow_use=follow_use,
+        )
+    except KeyboardInterrupt:
+        typer.echo(err=True)  # ends the line that was being written
+        raise
     typer.echo(f"\n{made.decode_rate:.1f} tokens/s", err=True)
     if stats:
         for table in stats_tables(made):

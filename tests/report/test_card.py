@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_metadata(model):
     assert (
         ModelCard(make_card(model, Wishes("acme/result", "mit"))).data.get("license_name") is None
     )
+
+
+def test_a_table_ends_where_it_should(model):
+    """At an empty line: what follows without one would be a row of it."""
+    lines = make_card(model).split("\n")
+    for line, after in pairwise(lines):
+        assert after == "" or after.startswith("|") or not line.startswith("|")
 
 
 def test_hostile_files(model):
