@@ -104,7 +104,7 @@ def test_doctor_says_what_to_do(cli, monkeypatch):
         "no int4 product",
         "--until shard",
         "output.path",
-        "requant[report]",
+        "-e '.[report]'",
     ):
         assert sum(words in line for line in advice) == 1
     monkeypatch.undo()

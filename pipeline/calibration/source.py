@@ -136,7 +136,7 @@ def need(package: str, what: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError:
         raise CalibrationError(
-            f"{what}: {package} is needed to read it; pip install 'requant[data]'"
+            f"{what}: {package} is needed for it; pip install -e '.[data]' in requant's checkout"
         ) from None
 
 

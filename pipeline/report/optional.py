@@ -7,7 +7,9 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-MISSING = "no page was drawn, matplotlib is missing: pip install 'requant[report]'"
+MISSING = (
+    "no page was drawn, matplotlib is missing: pip install -e '.[report]' in requant's checkout"
+)
 
 
 def page_beside(model: Path) -> Path | None:

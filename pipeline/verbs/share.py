@@ -88,7 +88,9 @@ def nightly(
       requant nightly out/demo --json
     """
     if any(find_spec(name) is None for name in ("trackio", "matplotlib")):
-        raise UserError("nights need trackio and matplotlib: pip install 'requant[nightly]'")
+        raise UserError(
+            "nights need trackio and matplotlib: pip install -e '.[nightly]' in requant's checkout"
+        )
     from pipeline.nightly.night import run_night
     from pipeline.nightly.outputs import as_dict, details, night_table
     from pipeline.report.tables import show

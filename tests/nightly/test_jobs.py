@@ -152,4 +152,4 @@ def test_without_the_extra_it_says_what_to_install(cli, monkeypatch):
     monkeypatch.setattr("pipeline.verbs.share.find_spec", lambda _name: None)
     answer = cli("nightly", "recipes/nightly")
     assert answer.code == 2 and answer.err.count("\n") == 1
-    assert "pip install 'requant[nightly]'" in answer.err
+    assert "pip install -e '.[nightly]' in requant's checkout" in answer.err

@@ -238,7 +238,7 @@ def test_without_the_extra(model, monkeypatch):
     (model / "report.html").unlink()
     monkeypatch.setattr("pipeline.report.optional.find_spec", lambda _name: None)
     assert page_beside(model) is None and not (model / "report.html").exists()
-    with pytest.raises(UserError, match=r"pip install 'requant\[report\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[report\]'"):
         optional.write_page(model)
 
 
