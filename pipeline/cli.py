@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.secrets import redact_tracebacks, redacted
 from pipeline.system_errors import system_errors
 from pipeline.verbs import convert, measure, share  # noqa: F401  (each adds its verbs, in this order)
-from pipeline.verbs.common import Interrupted, app
+from pipeline.verbs.common import Interrupted, app, stopped_by_sigterm
 
 __all__ = ["app", "main"]
 
@@ -29,7 +29,7 @@ def main() -> None:
     # Tiles differ in size: without this, much of a GPU's memory is lost between blocks.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
-        with system_errors():
+        with system_errors(), stopped_by_sigterm():
             app()
     except UserError as error:
         typer.echo(redacted(f"requant: {error}"), err=True)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -366,6 +367,26 @@ def test_interrupted(project, cli, monkeypatch):
     assert answer.code == 130 and answer.err.splitlines()[-1] == "requant: stopped"
     monkeypatch.undo()
     assert cli("run", project.write(), "--until", "shard").code == 0
+
+
+def test_sigterm_ends_every_verb_as_ctrl_c_does(output, cli, monkeypatch):
+    def unheard(*_arguments):
+        raise AssertionError("the signal was left to whoever started the program")
+
+    def terminate(*_arguments, **_options):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, unheard)
+    try:
+        monkeypatch.setattr("pipeline.stages.revalidate.validate_model", terminate)
+        answer = cli("validate", output)
+        assert (answer.code, answer.err.splitlines()[-1]) == (130, "requant: stopped")
+        monkeypatch.setattr("pipeline.run.survey", terminate)
+        answer = cli("plan", "recipes/demo.yaml")
+        assert (answer.code, answer.err) == (130, "requant: stopped\n")
+        assert signal.getsignal(signal.SIGTERM) is unheard
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_defects_keep_their_traceback(project, cli, monkeypatch):

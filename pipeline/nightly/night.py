@@ -9,12 +9,10 @@ import math
 import os
 import re
 import shutil
-import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pipeline.checkpoint.writer import write_bytes
@@ -82,7 +80,7 @@ def run_night(
     if unknown:
         names = ", ".join(job.name for job in jobs)
         raise UserError(f"--accept {min(unknown)}: no such job; tonight's are {names}")
-    with _lock(state), _stopped_by_sigterm():
+    with _lock(state):
         history = History(state / "history")
         notes = []
         if history.kept_aside:
@@ -281,20 +279,6 @@ def _lock(state: Path) -> Iterator[None]:
         stream.flush()
         yield
         stream.truncate(0)
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM, with which systemd and GitHub stop things, end a night as Ctrl-C does."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _new_folder(nights: Path) -> Path:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -17,12 +21,26 @@ _RESUMED = {"run", "publish"}
 
 
 class Interrupted(Exception):
-    """Ctrl-C inside a verb; typer would end the program without a word."""
+    """Ctrl-C or SIGTERM inside a verb; typer would end the program without a word."""
 
     def __init__(self, verb: str | None) -> None:
         super().__init__(
             "stopped; the same command goes on from here" if verb in _RESUMED else "stopped"
         )
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, with which systemd, GitHub and batch systems stop things, end a verb as Ctrl-C."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Verbs(TyperGroup):
