@@ -7,7 +7,7 @@ A recipe is a small YAML file (see recipes/).  Every key has a default but `sour
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from pipeline.errors import RecipeError
 from pipeline.plain_yaml import parse_yaml, read_yaml
@@ -234,27 +235,40 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]
     data, text = read_yaml(path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no recipe: the top level must be a mapping of sections")
-    for override in overrides:
-        _apply(data, override)
-    return parse_recipe(data, str(path)), text
+    overridden = [_apply(data, override) for override in overrides]
+    return parse_recipe(data, str(path), overridden), text
 
 
-def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
-    """Check a recipe given as plain data; `where` names it in messages."""
+def parse_recipe(
+    data: dict[str, Any], where: str, overridden: Collection[tuple[str, ...]] = ()
+) -> Recipe:
+    """Check a recipe given as plain data.
+
+    `where` names it in messages; of the keys `overridden` they say that --set gave them.
+    """
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {first_error(error)}") from None
+        place = "--set" if _given(_first(error)["loc"], overridden) else where
+        raise RecipeError(f"{place}: {first_error(error)}") from None
     validate = recipe.validate_
     if validate.stride > validate.window:
+        either = (("validate", "stride"), ("validate", "window"))
+        place = "--set" if any(_given(key, overridden) for key in either) else where
         raise RecipeError(
-            f"{where}: validate.stride {validate.stride} is larger than"
+            f"{place}: validate.stride {validate.stride} is larger than"
             f" validate.window {validate.window}, which would skip text"
         )
     return recipe
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _given(location: tuple[int | str, ...], overridden: Collection[tuple[str, ...]]) -> bool:
+    """Whether --set gave what lies at a location, something inside it, or what it lies in."""
+    return any(all(a == b for a, b in zip(location, key, strict=False)) for key in overridden)
+
+
+def _apply(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Give one key of `data` its value; returns where it is."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(
@@ -270,15 +284,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
         node[last] = parse_yaml(value)
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: the value is not YAML") from None
+    return (*parents, last)
 
 
 def first_error(error: ValidationError, root: type[Section] = Recipe) -> str:
-    """The first thing wrong, in one line, with the nearest known key of `root` for an unknown one.
-
-    An unknown key comes before a missing one, since it may be the missing one misspelt.
-    """
-    errors = error.errors()
-    first = next((e for e in errors if e["type"] in {"extra_forbidden", "invalid_key"}), errors[0])
+    """What is wrong first, in one line, with the nearest key of `root` for an unknown one."""
+    first = _first(error)
     location = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_at(root, first["loc"][:-1])
@@ -291,6 +302,12 @@ def first_error(error: ValidationError, root: type[Section] = Recipe) -> str:
     given = repr(first["input"])
     given = given if len(given) <= 60 else f"{given[:57]}..."
     return f"{location}: {message[0].lower()}{message[1:]} (got {given})"
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    """An unknown key comes before a missing one, since it may be the missing one misspelt."""
+    errors = error.errors()
+    return next((e for e in errors if e["type"] in {"extra_forbidden", "invalid_key"}), errors[0])
 
 
 def _keys_at(root: type[Section], location: tuple[int | str, ...]) -> list[str]:

@@ -76,6 +76,26 @@ def test_later_overrides_win(tmp_path):
     assert recipe.requantize.bits == 4
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("requantize.bits=5", "--set: requantize.bits: input should be 4 or 8 (got 5)"),
+        ("requantize.bit=4", "--set: unknown key 'requantize.bit'; did you mean 'bits'?"),
+        ("more.bits=4", "--set: unknown key 'more'; "),
+        ("source={}", "--set: source.model is missing"),
+        ("validate.stride=600", "--set: validate.stride 600 is larger than validate.window 512"),
+    ],
+)
+def test_mistakes_are_blamed_on_where_they_are(tmp_path, override, said):
+    text = "source: {model: m}\noutput: {path: o}\nvalidate: {window: 512}\n"
+    with pytest.raises(RecipeError) as error:
+        _load(tmp_path, "limits.threads=1", override, text=text)
+    assert str(error.value).startswith(said)
+    wrong = text.replace("512", "8")
+    with pytest.raises(RecipeError, match=f"^{tmp_path}/r.yaml: validate.window: "):
+        _load(tmp_path, "limits.threads=1", text=wrong)
+
+
 def test_frozen():
     recipe = parse_recipe(SMALL, "r.yaml")
     with pytest.raises(ValidationError):

@@ -31,7 +31,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM, with which systemd, GitHub and batch systems stop things, end a verb as Ctrl-C."""
+    """Let SIGTERM, with which systemd and GitHub stop things, end a verb as Ctrl-C does."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
