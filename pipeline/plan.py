@@ -89,6 +89,8 @@ class Plan:
     device_bytes: int
     have: Standing = NOTHING
     """What an earlier run has done of it."""
+    remarks: tuple[str, ...] = ()
+    """What of the recipe has no meaning on this machine."""
 
     @property
     def seconds(self) -> float:
@@ -191,6 +193,7 @@ def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
     Raises ResourceError when the limits, or the machine, cannot hold the jobs of `stages`.
     """
     jobs = tuple(job for stage in STAGES.values() for job in stage.jobs(context))
+    building = any(stage in BUILDING for stage in stages)
     result = Plan(
         jobs=jobs,
         device=str(context.device),
@@ -199,8 +202,9 @@ def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
         disk_bytes=sum(job.bytes_written for job in jobs) + max(j.bytes_scratch for j in jobs),
         host_bytes=RUNTIME_BYTES + max(job.host_bytes for job in jobs),
         device_bytes=max(job.device_bytes for job in jobs),
+        remarks=_remarks(context) if building else (),
     )
-    if any(stage in BUILDING for stage in stages):
+    if building:
         _check_disk(result, context)
     chosen = [job for job in jobs if job.stage in stages]
     _check_limits([job for job in chosen if job.stage in BUILDING], context)
@@ -378,6 +382,15 @@ def _check_machine(jobs: Sequence[Job], context: Context) -> None:
                 raise ResourceError(
                     f"{stage} needs {size(need[what])} of {what}, {size(there)} are there; {advice}"
                 )
+
+
+def _remarks(context: Context) -> tuple[str, ...]:
+    limits = context.recipe.limits
+    if context.device.type == "cuda" or "device_memory" not in limits.model_fields_set:
+        return ()
+    return (
+        "no GPU was found: the conversion runs on the CPU, limits.device_memory limits nothing",
+    )
 
 
 def _host(jobs: Sequence[Job]) -> int:

@@ -101,6 +101,8 @@ def _run(
             announce(f"{context.output} is in place and up to date{note}")
         whole = plan(context, todo)
         context.estimates = whole.estimates
+        for remark in whole.remarks:
+            announce(remark)
         if any(name in BUILDING for name in todo):
             _execute_building(context, whole, wanted, todo, quiet, announce)
         for name in todo:

@@ -134,6 +134,16 @@ def test_a_full_disk_keeps_what_is_finished(project, finished, one_thread, cpu_o
     assert digests(project.output) == digests(finished.output)
 
 
+def test_a_gpu_limit_without_a_gpu_is_remarked_on(project, cli, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    remark = "no GPU was found: the conversion runs on the CPU, limits.device_memory limits nothing"
+    assert cli("plan", project.write()).err == ""
+    limit = ("--set", "limits.device_memory=8GiB")
+    assert cli("plan", project.write(), *limit).err == remark + "\n"
+    answer = cli("run", project.write(), *limit, "--until", "dequantize")
+    assert answer.code == 0 and answer.err.splitlines().count(remark) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_limit_holds_on_a_gpu(project, monkeypatch):

@@ -74,6 +74,8 @@ def plan(recipe: RecipeFile, overrides: Set = None, as_json: Json = False) -> No
         from pipeline.run import survey
 
     made = survey(*load_recipe(recipe, overrides or []))
+    for remark in made.remarks:
+        announce(remark)
     if as_json:
         typer.echo(json.dumps(as_dict(made), indent=2))
     else:
