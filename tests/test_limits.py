@@ -26,15 +26,15 @@ def _on_gpu(project, limit):
 
 def test_less_memory_means_less_in_flight_and_at_last_a_refusal(project):
     roomy = place(_on_gpu(project, "24GiB"))
-    assert roomy.home.type == "cuda"
+    assert not roomy.beside
     assert roomy.ahead > 1
     need = roomy.device_bytes
     fewer = place(_on_gpu(project, need - MIB))
-    assert fewer.home.type == "cuda"
+    assert not fewer.beside
     assert fewer.ahead == roomy.ahead - 1
     context = _on_gpu(project, smallest(_on_gpu(project, "24GiB")).device_bytes)
     beside = place(context)
-    assert beside.home.type == "cpu"
+    assert beside.beside
     assert beside.host_bytes >= stream_bytes(context)
     _check_limits(STAGES["requantize"].jobs(context), context)
     context = _on_gpu(project, beside.device_bytes - 1)
@@ -114,7 +114,7 @@ def test_steps_back_end_with_the_smallest(project):
     while retreat(context):
         placements.append(place(context))
     assert [p.ahead for p in placements] == [placements[0].ahead, 1, 1]
-    assert [p.home.type for p in placements] == ["cuda", "cuda", "cpu"]
+    assert [p.beside for p in placements] == [False, False, True]
     assert placements[-1] == smallest(context)
 
 

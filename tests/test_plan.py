@@ -177,14 +177,15 @@ def test_gpu_memory_hardly_depends_on_the_number_of_experts(large, method):
         )
         assert context.tile_experts == each
         found = place(context)
-        assert found.home.type == "cuda"
+        assert not found.beside
         needs[experts] = found.device_bytes
         small = recipe.limits.model_copy(update={"device_memory": 8 * GIB})
         tight = dataclasses.replace(context, recipe=recipe.model_copy(update={"limits": small}))
         assert tight.tile_experts == each
-        assert place(tight).home.type == "cpu"
+        assert place(tight).beside
     assert max(needs.values()) < 24 * GIB
-    assert max(needs.values()) < 1.15 * min(needs.values())
+    # Tiles that are decoded ahead are smaller, too.
+    assert max(needs.values()) < 1.2 * min(needs.values())
 
 
 def test_as_many_tiles_at_once_on_a_cpu_as_have_room(large, roomy):

@@ -1,4 +1,4 @@
-"""Host memory that a GPU reads: in large pages, faulted in by several threads, then pinned.
+"""Host memory that a GPU works on: in large pages, faulted in by several threads, then pinned.
 
 Pinning walks through memory page by page in one thread, and brings in every page that nobody has
 touched yet: some 2 GB/s.  Pages that are large and there already cost a fraction of that.
@@ -21,6 +21,8 @@ _MAPPED = 3
 """cudaHostRegisterPortable and cudaHostRegisterMapped: kernels of any device may read it."""
 _STAGED = 64 << 20
 """Bytes that a thread's staging memory holds at most."""
+_DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+_DLPACK_NAME = b"dltensor"
 
 
 def host_memory(nbytes: int, *, pin: bool) -> Tensor:
@@ -63,6 +65,59 @@ def pin_fresh(data: Tensor, device: torch.device) -> None:
     fault_in(data)
     with torch.cuda.device(device):
         pin_memory(data)
+
+
+class _DLManagedTensor(ctypes.Structure):
+    """DLPack's description of a tensor (`DLManagedTensor`), its one dimension behind it."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("dtype_code", ctypes.c_uint8),
+        ("dtype_bits", ctypes.c_uint8),
+        ("dtype_lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+    )
+
+
+def seen_from(data: Tensor, device: torch.device) -> Tensor:
+    """The bytes of contiguous memory as a tensor of a device that reaches them: uint8 [bytes].
+
+    A GPU reaches pinned memory under the address that it has in the process, over the bus: what is
+    computed with the tensor runs on the GPU and reads and writes host memory in place.  The memory
+    stays for as long as the tensor's storage does.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    place = libc.malloc(ctypes.sizeof(_DLManagedTensor))  # freed by whoever takes the tensor over
+    described = _DLManagedTensor.from_address(place)
+    described.data, described.byte_offset = data.data_ptr(), 0
+    number = device.index
+    if number is None:
+        number = torch.cuda.current_device() if device.type == "cuda" else 0
+    described.device_type, described.device_id = _DLPACK_DEVICES[device.type], number
+    described.dtype_code, described.dtype_bits, described.dtype_lanes = 1, 8, 1
+    described.ndim, described.size, described.strides = 1, data.nbytes, None
+    described.shape = place + _DLManagedTensor.size.offset
+    described.manager_ctx = None
+    described.deleter = ctypes.cast(libc.free, ctypes.c_void_p).value
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    seen: Tensor = torch.utils.dlpack.from_dlpack(new(place, _DLPACK_NAME, None))
+    weakref.finalize(seen.untyped_storage(), _let_go, data)
+    return seen
+
+
+def _let_go(_data: Tensor) -> None:
+    """Holds on to memory for as long as this is to be called."""
 
 
 class Staging(threading.local):

@@ -32,8 +32,12 @@ from pipeline.quantize.routed import add_rows, grouped_product, token_sums
 from pipeline.quantize.scaling import best_scales, candidate_scales, scale_losses
 from pipeline.quantize.solved import Quantizer, Solved
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
-from pipeline.stages.routing import Routed, rows_on
+from pipeline.stages.home import Home
+from pipeline.stages.routing import Routed, rows_of
 from pipeline.stages.stream import COMPUTE_DTYPE
+
+MOVED_ROWS = 1 << 16
+"""Rows of outputs that move to another device together."""
 
 CHUNK_PAIRS = 1 << 16
 """Pairs whose outputs are computed together.  Fixed, as the tile is."""
@@ -107,9 +111,9 @@ class LayerStatistics:
     folds_down: bool = False
     """Whether each expert's up is to be divided by scales that its down is multiplied by."""
 
-    def to(self, device: torch.device) -> LayerStatistics:
-        """The same on another device."""
-        target = None if self.target is None else self.target.to(device)
+    def to(self, device: torch.device, home: Home) -> LayerStatistics:
+        """The same for another device; `home`: where the streams live."""
+        target = None if self.target is None else home.reach(self.target, device)
         return replace(
             self,
             common=self.common.to(device),
@@ -138,7 +142,9 @@ class TileOutput:
 
         Tiles are to be added in their order: the sum has one order then, whoever computed them.
         """
-        add_rows(total, self.rows.to(total.device), self.values.to(total.device))
+        parts = zip(self.rows.split(MOVED_ROWS), self.values.split(MOVED_ROWS), strict=True)
+        for rows, values in parts:
+            add_rows(total, rows.to(total.device), values.to(total.device))
 
 
 @dataclass(frozen=True)
@@ -185,8 +191,7 @@ def tile_output(
     `inner`: the inputs of down, bf16 [pairs, inner], where they are known already.
     """
     base, stop = routed.offsets[job.experts.start], routed.offsets[job.experts.stop]
-    tokens = routed.tokens[base:stop].to(job.device)
-    weights = routed.weights[base:stop].to(job.device)
+    tokens, weights = routed.tokens[base:stop], routed.weights[base:stop]
     offsets = [o - base for o in routed.offsets[job.experts.start : job.experts.stop + 1]]
     sums = token_sums(tokens, CHUNK_PAIRS)
     values = torch.zeros(len(sums.rows), tile.down.shape[1], device=job.device)
@@ -194,7 +199,7 @@ def tile_output(
         part = slice(start, min(start + CHUNK_PAIRS, len(tokens)))
         inside = [min(max(offset, part.start), part.stop) for offset in offsets]
         if inner is None:
-            hidden = rows_on(job.device, routed.inputs, tokens[part])
+            hidden = rows_of(routed.inputs, tokens[part])
             between = _inner_of(job, hidden, tile.gate_up, inside)
         else:
             between = inner[part]
@@ -209,11 +214,11 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
     base = routed.offsets[experts.start]
     offsets = [routed.offsets[e] - base for e in (*experts, experts.stop)]
     tokens = routed.tokens[base : routed.offsets[experts.stop]]
-    inputs = rows_on(job.device, routed.inputs, tokens)
-    target = None if layer.target is None else rows_on(job.device, layer.target, tokens)
+    inputs = rows_of(routed.inputs, tokens)
+    target = None if layer.target is None else rows_of(layer.target, tokens)
     emphasis = None
     if job.router_weighted:
-        given = routed.weights[base : routed.offsets[experts.stop]].to(job.device)
+        given = routed.weights[base : routed.offsets[experts.stop]]
         emphasis = router_emphasis(given, torch.tensor(offsets))
 
     hessian = None

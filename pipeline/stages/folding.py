@@ -27,7 +27,7 @@ from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context
 from pipeline.stages.experts import TileSource, decode_tile
 from pipeline.stages.formats import module_rules
-from pipeline.stages.routing import rows_on, sort_by_expert
+from pipeline.stages.routing import rows_of, sort_by_expert
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded
 from pipeline.stages.tiling import tiles
 
@@ -250,7 +250,7 @@ class LayerFolding:
             base = routed.offsets[experts.start]
             offsets = torch.tensor(routed.offsets[experts.start : experts.stop + 1]) - base
             tokens = routed.tokens[base : routed.offsets[experts.stop]]
-            inputs = rows_on(context.device, routed.inputs, tokens)
+            inputs = rows_of(routed.inputs, tokens)
             hessian = routed_hessians(inputs, offsets)
             losses = scale_losses(dense.gate_up, hessian, candidates, self._scheme, self._options)
             total += losses.sum(1)

@@ -36,8 +36,8 @@ FORWARD_WIDTHS = 40
 class Placement:
     """What the limits allow, and what it takes."""
 
-    home: torch.device
-    """Where the streams live between and during layers: the device, or host memory."""
+    beside: bool
+    """Whether the streams lie in host memory, where the device works on them in place."""
     ahead: int
     behind: int
     device_bytes: int
@@ -57,16 +57,17 @@ def place(context: Context) -> Placement:
     limit = int(context.recipe.limits.device_memory)
     streams, tile = stream_bytes(context), tile_bytes(context)
     decoded = _decoded_bytes(context)
+    # Of several GPUs' tiles the outputs wait for their turn.
+    waiting = 3 * _output_bytes(context) if len(context.solvers) > 1 else 0
+    work = max(tile + waiting + decoded, _weighing_bytes(context))
     # A graph of the forward pass keeps its memory through the layer's tiles.
-    # Outputs of the source's streams wait on the device until the tile is solved.
-    work = max(tile + 2 * _output_bytes(context) + decoded, _weighing_bytes(context))
     inside = streams + _forward_bytes(context) + work
     ahead = 1 if context.retreats else _fitting(limit - inside, decoded, AHEAD)
     inside += ahead * decoded
     if inside > limit or context.retreats == RETREATS:
         return smallest(context)
     packed = (BEHIND + ahead) * decoded // 3
-    return Placement(context.device, ahead, BEHIND, inside, _saved_bytes(context) + packed)
+    return Placement(False, ahead, BEHIND, inside, _saved_bytes(context) + packed)
 
 
 def retreat(context: Context) -> bool:
@@ -86,17 +87,19 @@ def smallest(context: Context) -> Placement:
     tile, forward = tile_bytes(context), _forward_bytes(context)
     weighing = _weighing_bytes(context)
     limit = int(context.recipe.limits.host_memory) - RUNTIME_BYTES
-    kept = 2 * context.geometry.hidden * stream_tokens(context)  # a copy that is being saved
     if context.device.type != "cpu":
-        need = streams + kept + decoded // 3
+        # A pass whose modules are watched has its output written elsewhere.
+        watched = 2 * context.geometry.hidden * _calibration_tokens(context)
+        need = streams + watched + _saved_bytes(context) + decoded // 3
         behind = _fitting(limit - need, decoded // 3, BEHIND)
         return Placement(
-            home=torch.device("cpu"),
+            beside=True,
             ahead=1,
             behind=behind,
-            device_bytes=max(tile, forward, weighing) + 2 * decoded,
+            device_bytes=max(tile, forward, weighing) + 2 * decoded + _routing_bytes(context),
             host_bytes=need + behind * decoded // 3,
         )
+    kept = 2 * context.geometry.hidden * stream_tokens(context)  # a copy that is being saved
     # A tile's results wait their turn: three streams' outputs.
     each = tile + 2 * decoded + 3 * _output_bytes(context)
     # On the host the allocator keeps most of what the forward pass had, in blocks too small to be
@@ -108,7 +111,7 @@ def smallest(context: Context) -> Placement:
     need = base + max(crew * each, weighing)
     behind = _fitting(limit - need, decoded // 3, BEHIND)
     return Placement(
-        home=torch.device("cpu"),
+        beside=False,
         ahead=1,
         behind=behind,
         device_bytes=0,
@@ -154,8 +157,12 @@ def _evaluation_tokens(context: Context) -> int:
 def stream_bytes(context: Context) -> int:
     """What the streams take in the middle of a layer: output without experts and the experts'
     inputs (bf16), the experts' sums (float32), and the routing of each pair."""
-    g = context.geometry
-    return stream_tokens(context) * (g.hidden * (2 + 2 + 4) + g.top_k * 28)
+    width = context.geometry.hidden * (2 + 2 + 4)
+    return stream_tokens(context) * width + _routing_bytes(context)
+
+
+def _routing_bytes(context: Context) -> int:
+    return stream_tokens(context) * context.geometry.top_k * 28
 
 
 def tile_bytes(context: Context) -> int:

@@ -37,10 +37,11 @@ from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import DOWN_SAMPLE_TOKENS, LayerStatistics, TileJob
 from pipeline.stages.folding import FoldedLayer, LayerFolding
 from pipeline.stages.formats import output_format, solver_options
+from pipeline.stages.home import Home
 from pipeline.stages.nonexpert import gather_nonexpert
 from pipeline.stages.output import LayerEnd, LayerOutput, OutputWriter
 from pipeline.stages.placement import place
-from pipeline.stages.routing import Routed, rows_on, sort_by_expert
+from pipeline.stages.routing import Routed, rows_of, sort_by_expert
 from pipeline.stages.sensitivity import Sensitivity
 from pipeline.stages.source import record_source
 from pipeline.stages.stream import COMPUTE_DTYPE, LayerStream, Recorded, check_finite
@@ -72,7 +73,11 @@ class Requantize:
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="sensitivity")
         self._sensitivity: Future[Sensitivity] | None = None
         self._pack = output_format(recipe).pack
-        self._stream = LayerStream(context.checkpoint, context.architecture, context.device)
+        placement = place(context)
+        self._home = Home(context.device, beside=placement.beside)
+        self._stream = LayerStream(
+            context.checkpoint, context.architecture, context.device, home=self._home
+        )
         self._folding = (
             LayerFolding(context, self._stream, self._scheme, self._options)
             if self._quantizer.folds
@@ -81,10 +86,8 @@ class Requantize:
         self._streams: Streams | None = None
         self._policy = SavePolicy()
         self._snapshot: dict[str, Tensor] | None = None
-        placement = place(context)
-        self._home = placement.home
         self._writer = OutputWriter(context.work, placement.behind)
-        self._crew = TileCrew(context.solvers, placement, self._pack)
+        self._crew = TileCrew(context.solvers, placement, self._home, self._pack)
         self._reading = False
         self._begun = time.monotonic()
         self._read_before = context.checkpoint.bytes_read
@@ -129,9 +132,9 @@ class Requantize:
             return self._streams
         if layer == 0:
             texts = (self._texts.calibration, self._texts.windows.token_ids)
-            calibration, evaluation = self._stream.embed_all(texts, self._home)
+            calibration, evaluation = self._stream.embed_all(texts)
             check_finite(calibration, "the embedding")
-            target = calibration.clone() if self._corrects else None
+            target = self._home.keep(calibration) if self._corrects else None
             self._streams = Streams(-1, calibration, evaluation, target)
         else:
             self._streams = Streams.load(self._context.work, layer - 1, self._home)
@@ -270,14 +273,13 @@ class Requantize:
             tuple(sort_by_expert(s, geometry.experts) for s in faithful),
             self._layer_statistics(layer, routed, target, folded),
         )
-        totals = [torch.zeros_like(r.inputs, dtype=torch.float32) for r in (routed, *inputs.source)]
+        shapes = [stream.inputs.shape for stream in (routed, *inputs.source)]
+        totals = [self._home.empty(shape, torch.float32).zero_() for shape in shapes]
         losses: dict[str, list[float]] = {"gate_up_loss": [], "down_loss": []}
         rank: list[float] = []
         jobs = list(self._layer_jobs(layer))
-        for result in self._crew.solve(jobs, inputs):
+        for result in self._crew.solve(jobs, inputs, totals):
             output.put(result.packed)
-            for total, part in zip(totals, (result.calibration, *result.source), strict=True):
-                part.add_to(total)
             losses["gate_up_loss"] += result.gate_up_loss
             losses["down_loss"] += result.down_loss
             rank += [round(value, 2) for value in result.effective_rank]
@@ -318,7 +320,7 @@ class Requantize:
         chosen = torch.randperm(tokens, generator=generator)[:DOWN_SAMPLE_TOKENS]
         return LayerStatistics(
             common=rounded_out(common / tokens, tokens),
-            sample=rows_on(device, routed.inputs, chosen),
+            sample=rows_of(routed.inputs, chosen.to(device)),
             target=None if target is None else target.inputs,
             sensitivity=(
                 None if self._sensitivity is None else self._sensitivity.result().after(layer)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.stages.home import Home
 from pipeline.stages.stream import Recorded
 
 
@@ -27,11 +28,10 @@ class Routed:
         """Tokens routed to an expert."""
         return self.offsets[expert + 1] - self.offsets[expert]
 
-    def to(self, device: torch.device) -> Routed:
-        """The same on another device."""
-        return Routed(
-            self.inputs.to(device), self.tokens.to(device), self.weights.to(device), self.offsets
-        )
+    def to(self, device: torch.device, home: Home) -> Routed:
+        """The same for another device; `home`: where the streams live."""
+        inputs = home.reach(self.inputs, device)
+        return Routed(inputs, self.tokens.to(device), self.weights.to(device), self.offsets)
 
 
 def sort_by_expert(recorded: Recorded, experts: int) -> Routed:
@@ -54,6 +54,6 @@ def sort_by_expert(recorded: Recorded, experts: int) -> Routed:
     )
 
 
-def rows_on(device: torch.device, table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table that may live elsewhere (in host memory, where the device's is small)."""
-    return table.index_select(0, index.to(table.device)).to(device)
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """Rows [n, hidden] of a stream [tokens, hidden], int64 `index` [n] on the same device."""
+    return table.index_select(0, index)

@@ -28,6 +28,7 @@ from pipeline.models.skeleton import (
 )
 from pipeline.quantize.backend import solver_backend
 from pipeline.stages.graphs import Call, Graphs
+from pipeline.stages.home import Home
 
 TOKENS_PER_BATCH = 8192
 """Tokens that go through a layer together.  Fixed: other batch sizes give other bytes."""
@@ -75,9 +76,12 @@ class LayerStream:
         architecture: Architecture,
         device: torch.device,
         dtype: torch.dtype = COMPUTE_DTYPE,
+        home: Home | None = None,
     ) -> None:
-        """`dtype`: of weights and activations; float32 where bf16's noise would hide an effect."""
+        """`dtype`: of weights and activations; float32 where bf16's noise would hide an effect.
+        `home`: where streams live; None: on the device."""
         self.dtype = dtype
+        self.home = home or Home(device)
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
@@ -124,45 +128,46 @@ class LayerStream:
         assign(module, cast)
         return module
 
-    def embed(self, tokens: Tensor, home: torch.device | None = None) -> Tensor:
-        """Token ids [sequences, length] -> [sequences, length, hidden] on `home` (None: the
-        device)."""
-        return self.embed_all([tokens], home)[0]
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [sequences, length] -> a stream [sequences, length, hidden]."""
+        return self.embed_all([tokens])[0]
 
-    def embed_all(
-        self, texts: Sequence[Tensor], home: torch.device | None = None
-    ) -> tuple[Tensor, ...]:
+    def embed_all(self, texts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The same of several texts; the table is read once."""
-        home = home or self.device
-        table = self.checkpoint.load(f"{self.architecture.embedding}.weight", home).to(self.dtype)
-        return tuple(nn.functional.embedding(tokens.to(home), table) for tokens in texts)
+        name = f"{self.architecture.embedding}.weight"
+        table = self.checkpoint.load(name, self.device).to(self.dtype)
+        streams = []
+        for tokens in texts:
+            stream = self.home.empty((*tokens.shape, table.shape[1]), self.dtype)
+            for sequence, ids in zip(stream, tokens, strict=True):
+                sequence.copy_(nn.functional.embedding(ids.to(self.device), table))
+            streams.append(stream)
+        return tuple(streams)
 
     def record(self, module: nn.Module, hidden: Tensor, *, hooked: bool = True) -> Recorded:
         """Run a stream through a layer's dense parts, a fixed token batch at a time.
 
-        `hidden` may live in host memory; what is recorded is kept where it lives.  `hooked`: the
-        module has hooks that are to see every batch.  Without, this is the stream's last use: the
-        output takes its place, and a GPU that holds the streams replays one graph for all batches.
+        `hooked`: the module has hooks that are to see every batch.  Without, this is the stream's
+        last use: the output takes its place, and a GPU that holds the streams replays one graph for
+        all batches.
         """
         recorder = self._recorder(module)
         batch = max(1, TOKENS_PER_BATCH // hidden.shape[1])
-        base = torch.empty_like(hidden) if hooked else hidden
+        base = self.home.empty(hidden.shape, hidden.dtype) if hooked else hidden
+        replays = not hooked and hidden.is_cuda and not self.home.beside
         taken: list[Tensor] = []
         call = self._call_of(module, recorder, hidden.shape[1])
         with torch.inference_mode():
             for start in range(0, len(hidden), batch):
                 part = hidden[start : start + batch].to(self.device)
-                if hooked or len(part) < batch or not hidden.is_cuda:
-                    output, *noted = call(part)
-                else:
+                if replays and len(part) == batch:
                     output, *noted = self._graphs.run(module, call, part)
+                else:
+                    output, *noted = call(part)
                 base[start : start + batch].copy_(output)
                 if not taken:
-                    shapes = [(hidden.shape[:2].numel(), t.shape[1]) for t in noted]
-                    taken = [
-                        torch.empty(shape, dtype=t.dtype, device=hidden.device)
-                        for shape, t in zip(shapes, noted, strict=True)
-                    ]
+                    tokens = hidden.shape[:2].numel()
+                    taken = [self.home.empty((tokens, t.shape[1]), t.dtype) for t in noted]
                 first = start * hidden.shape[1]
                 for whole, some in zip(taken, noted, strict=True):
                     whole[first : first + len(some)].copy_(some)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.stages.home import Home
 from pipeline.stages.units import layer_unit, streams_file
 from pipeline.workdir import WorkDirectory
 
@@ -38,10 +39,10 @@ class Streams:
     target: Tensor | None = None
 
     @classmethod
-    def load(cls, work: WorkDirectory, layer: int, home: torch.device) -> Streams:
+    def load(cls, work: WorkDirectory, layer: int, home: Home) -> Streams:
         """As saved after a layer."""
         saved = load_file(work.root / streams_file(layer))
-        return cls(layer, **{name: tensor.to(home) for name, tensor in saved.items()})
+        return cls(layer, **{name: home.keep(tensor) for name, tensor in saved.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name."""

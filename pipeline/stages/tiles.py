@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,11 +27,15 @@ from pipeline.stages.experts import (
     solve_tile,
     tile_output,
 )
+from pipeline.stages.home import Home
 from pipeline.stages.placement import Placement
 from pipeline.stages.routing import Routed
 from pipeline.threads import use_inside
 
 Pack = Callable[[QuantizedTensor], dict[str, Tensor]]
+
+PutOutput = Callable[[int, TileOutput], None]
+"""Takes a tile's outputs for a stream: 0 the calibration's, from 1 on the source's."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,11 @@ class LayerInputs:
     """Streams that go through the source's own experts."""
     statistics: LayerStatistics
 
-    def to(self, device: torch.device) -> LayerInputs:
-        """The same on another device."""
-        source = tuple(routed.to(device) for routed in self.source)
-        return LayerInputs(self.calibration.to(device), source, self.statistics.to(device))
+    def to(self, device: torch.device, home: Home) -> LayerInputs:
+        """The same for another device; `home`: where the streams live."""
+        source = tuple(routed.to(device, home) for routed in self.source)
+        statistics = self.statistics.to(device, home)
+        return LayerInputs(self.calibration.to(device, home), source, statistics)
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,26 @@ class TileResult:
 
     job: TileJob
     packed: PackedTile
-    calibration: TileOutput
-    source: tuple[TileOutput, ...]
     gate_up_loss: list[float]
     down_loss: list[float]
     effective_rank: list[float]
     raised_damping: int
     smallest_scales: int
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A tile in flight, and what its experts have put out so far."""
+
+    future: Future[TileResult]
+    outputs: list[tuple[int, TileOutput]]
+
+    def added_to(self, totals: Sequence[Tensor]) -> TileResult:
+        """Its result, once it is done and its outputs are added."""
+        result = self.future.result()
+        for number, output in self.outputs:
+            output.add_to(totals[number])
+        return result
 
 
 class TileReader:
@@ -119,10 +138,12 @@ class TileReader:
 class TileCrew:
     """The workers that solve a layer's tiles."""
 
-    def __init__(self, devices: Sequence[torch.device], placement: Placement, pack: Pack) -> None:
-        """`devices[0]` is where everything else is computed."""
+    def __init__(
+        self, devices: Sequence[torch.device], placement: Placement, home: Home, pack: Pack
+    ) -> None:
+        """`devices[0]` is where everything else is computed; `home`: where the streams live."""
         self._devices = tuple(devices) * placement.crew
-        self._home = placement.home
+        self._home = home
         self._ahead = placement.ahead
         self._pack = pack
         self._threads = placement.threads
@@ -144,23 +165,32 @@ class TileCrew:
         """Where tile `number` of a layer is solved."""
         return self._devices[number % len(self._devices)]
 
-    def solve(self, jobs: Sequence[TileJob], inputs: LayerInputs) -> Iterator[TileResult]:
-        """The results of a layer's tiles, in their order."""
+    def solve(
+        self, jobs: Sequence[TileJob], inputs: LayerInputs, totals: Sequence[Tensor]
+    ) -> Iterator[TileResult]:
+        """The results of a layer's tiles, in their order.
+
+        In that order, too, their experts' outputs are added to `totals`, float32 [tokens, hidden]
+        at home: for the calibration's stream, then for each of the source's.
+        """
         if not self._pools:
             for job in jobs:
-                yield self._work(self._readers[0], job, inputs)
+                yield self._work(
+                    self._readers[0], job, inputs, lambda i, output: output.add_to(totals[i])
+                )
             return
-        elsewhere = self._home.type == "cuda"  # host memory serves all devices as it is
-        copies = [inputs.to(d) if elsewhere else inputs for d in self._devices]
-        waiting: deque[Future[TileResult]] = deque()
+        copies = [inputs.to(device, self._home) for device in self._devices]
+        waiting: deque[_Waiting] = deque()
         for number, job in enumerate(jobs):
             at = number % len(self._devices)
-            args = (self._readers[at], job, copies[at])
-            waiting.append(self._pools[at].submit(self._work, *args))
+            outputs: list[tuple[int, TileOutput]] = []
+            put = partial(self._keep, outputs)
+            future = self._pools[at].submit(self._work, self._readers[at], job, copies[at], put)
+            waiting.append(_Waiting(future, outputs))
             if len(waiting) == self._in_flight:
-                yield waiting.popleft().result()
+                yield waiting.popleft().added_to(totals)
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft().added_to(totals)
 
     def close(self) -> None:
         """Stop reading and solving."""
@@ -170,25 +200,26 @@ class TileCrew:
             reader.close()
         self._readers.clear()
 
-    def _kept(self, output: TileOutput) -> TileOutput:
-        """Outputs that wait until the tile is solved: in host memory, where the streams are."""
-        return output.to(self._home) if self._home.type == "cpu" else output
+    def _keep(self, outputs: list[tuple[int, TileOutput]], number: int, output: TileOutput) -> None:
+        """Outputs that wait for other workers' tiles: in host memory, if the streams are there."""
+        outputs.append((number, output.to(torch.device("cpu")) if self._home.beside else output))
 
-    def _work(self, reader: TileReader, job: TileJob, inputs: LayerInputs) -> TileResult:
+    def _work(
+        self, reader: TileReader, job: TileJob, inputs: LayerInputs, put: PutOutput
+    ) -> TileResult:
         """One tile, all of it, on its device."""
         with torch.inference_mode(), _on(job.device):
             dense = reader.take(job)
-            source = tuple(self._kept(tile_output(job, dense, routed)) for routed in inputs.source)
+            for number, routed in enumerate(inputs.source, 1):
+                put(number, tile_output(job, dense, routed))
             solved = solve_tile(job, dense, inputs.calibration, inputs.statistics)
-            calibration = tile_output(job, solved.dense, inputs.calibration, solved.inner)
+            put(0, tile_output(job, solved.dense, inputs.calibration, solved.inner))
             a = job.architecture
             by_projection = {a.gate: solved.gate, a.up: solved.up, a.down: solved.down}
             packed = pack_tile({name: self._pack(q) for name, q in by_projection.items()})
         return TileResult(
             job=job,
             packed=packed,
-            calibration=calibration,
-            source=source,
             gate_up_loss=solved.gate_up_loss,
             down_loss=solved.down_loss,
             effective_rank=solved.effective_rank,

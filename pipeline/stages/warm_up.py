@@ -35,6 +35,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages.context import Context
 from pipeline.stages.experts import STRENGTH, TileSource, decode_tile
 from pipeline.stages.formats import solver_options
+from pipeline.stages.home import Home
 from pipeline.stages.placement import place
 from pipeline.stages.routing import sort_by_expert
 from pipeline.stages.stream import COMPUTE_DTYPE, TOKENS_PER_BATCH, LayerStream
@@ -209,9 +210,11 @@ def output_exists(recipe: Recipe) -> bool:
 def _forward(context: Context, layers: list[int], stop: Event) -> None:
     """A tile decoded, and some layers' dense parts on a batch of zeros, as a run does both."""
     # Begun in float32, which no other thread notices (`skeleton.build_skeleton`).
-    stream = LayerStream(context.checkpoint, context.architecture, context.device, torch.float32)
+    home = Home(context.device, beside=place(context).beside)
+    stream = LayerStream(
+        context.checkpoint, context.architecture, context.device, torch.float32, home
+    )
     stream.dtype = COMPUTE_DTYPE
-    home = place(context).home
     recipe = context.recipe
     lengths = {recipe.calibration.sequence_length, recipe.validate_.window}
     g = context.geometry
@@ -229,7 +232,7 @@ def _forward(context: Context, layers: list[int], stop: Event) -> None:
             for length in sorted(lengths):
                 sequences = max(1, TOKENS_PER_BATCH // length)
                 shape = (sequences, length, g.hidden)
-                hidden = torch.zeros(shape, dtype=COMPUTE_DTYPE, device=home)
+                hidden = home.empty(shape, COMPUTE_DTYPE).zero_()
                 recorded = stream.record(module, hidden, hooked=False)
                 if recorded.inputs is not None:
                     sort_by_expert(recorded, g.experts)

@@ -8,7 +8,9 @@ import torch
 from support.recipes import digests
 
 from pipeline import run
+from pipeline.quantize.routed import add_rows
 from pipeline.stages import placement, stream, tiles
+from pipeline.stages.home import Home
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,21 +25,21 @@ def _converted(project, name):
 
 
 def test_streams_in_host_memory_change_no_byte(project, monkeypatch):
-    """With little GPU memory the streams live in host memory, without graphs."""
+    """With little GPU memory the streams live in host memory, where kernels work on them."""
     inside = _converted(project, "inside")
     homes = []
     place = placement.place
 
     def small(context):
         found = place(context)
-        homes.append(found.home.type)
+        homes.append(found.beside)
         return found
 
     monkeypatch.setattr("pipeline.stages.requantize.place", small)
     monkeypatch.setattr(placement, "stream_bytes", lambda _context: 1 << 34)
     project.change(limits={"device_memory": "8GiB"})
     assert _converted(project, "beside") == inside
-    assert homes == ["cpu"]
+    assert homes == [True]
 
 
 def test_replayed_graphs_give_the_bytes_of_plain_launches(project, monkeypatch):
@@ -56,8 +58,32 @@ def test_replayed_graphs_give_the_bytes_of_plain_launches(project, monkeypatch):
 def test_two_gpus_give_the_bytes_of_one(project, monkeypatch):
     monkeypatch.setattr("pipeline.stages.tiling.TILE_EXPERTS", 3)
     shared = _converted(project, "shared")
+    with monkeypatch.context() as little:
+        little.setattr(placement, "stream_bytes", lambda _context: 1 << 34)
+        project.change(limits={"device_memory": "8GiB"})
+        assert _converted(project, "both beside") == shared
     monkeypatch.setattr("pipeline.plan.further_devices", lambda device: ())
     assert _converted(project, "alone") == shared
+
+
+def test_a_gpu_works_on_host_memory_in_place():
+    home = Home(torch.device("cuda"), beside=True)
+    before = torch.cuda.memory_allocated()
+    stream = home.empty((4096, 256), torch.bfloat16)
+    table = torch.randn(4096, 256, device="cuda", dtype=torch.bfloat16)
+    index = torch.randperm(4096, device="cuda")[:1000]
+    stream.copy_(table)
+    del table
+    rows = stream.index_select(0, index)
+    total = home.empty((4096, 256), torch.float32).zero_()
+    add_rows(total, index, rows.float())
+    assert total.is_cuda
+    assert torch.equal(total[index], stream[index].float())
+    assert torch.equal(total.cpu()[index.cpu()], rows.float().cpu())
+    assert torch.cuda.memory_allocated() - before < 1 << 21
+    room = total.data_ptr()
+    del total
+    assert home.empty((4096, 256), torch.float32).data_ptr() == room
 
 
 def test_memory_that_really_runs_out_changes_no_byte(project, monkeypatch):
