@@ -27,14 +27,16 @@ SCAN = 64
 CONTEXT = 625 * MIB
 """What a process takes with its first tensor: 0.61 GiB on an H200, CUDA 13.0, 2026-11-26."""
 CODE = 1024 * MIB
-"""Code of kernels and libraries, loaded when it is first used, and what else the driver keeps.  Not
-measured by itself: at 80B geometry an H200 held 2.3 to 3.0 GiB beyond torch's own (2026-11-26), of
-which this is what the items beside it do not explain."""
-STACK = 1 / 8
-"""Bytes of local memory of a thread, for the square of a DeltaNet key's channels.  The driver keeps
-as much for every thread that a GPU can hold.  Of a scan that took 1,936 at 128 channels; now it
-takes none there, 712 at 256 and 120 at 64 (ptxas, Triton 3.6, sm_90).  What libraries' kernels take
-is not known, so this stays until a GPU's memory has been measured without it."""
+"""Code of kernels and libraries, loaded when it is first used, what else the driver keeps, and
+blocks that torch has reserved without need.  At 80B geometry an H200 took 0.14 and 0.26 GiB of them
+(commit c68d6b1, 2026-11-26); the rest is for other cards and versions, where nothing was measured.
+"""
+SCAN_LOCAL = {64: 136, 256: 720, 512: 3200}
+"""Bytes of local memory of a thread in DeltaNet's scan, by a key's channels; none with 16, 32, 128.
+The driver keeps as much for every thread that a GPU can hold.  This and the next: ptxas, Triton
+3.6, sm_90; no other kernel of ours has any in bfloat16, and what libraries' have is in `CODE`."""
+GROUPED_LOCAL = 6568
+"""The same in the grouped product of experts, in float32."""
 RESIDENT_THREADS = 132 * 2048
 """Of an H100 or H200: what is assumed of a GPU that is not here."""
 PAGE, ENTRY = 4096, 8
@@ -122,6 +124,8 @@ def ledger(
     begin = [experts.copies.get(layer, []) for layer in homes]
     resident = sum(size * experts.count(layer, "resident") for layer, size in sizes)
     host = sum(number * experts.nbytes[layer] for layer, number in in_rows)
+    scan = SCAN_LOCAL.get(_delta(config)[1], 0)
+    grouped = GROUPED_LOCAL if experts.nbytes and dtype == torch.float32 else 0
     return Ledger(
         torch={
             "weights outside the experts": weights,
@@ -137,7 +141,7 @@ def ledger(
         driver={
             "CUDA context": CONTEXT,
             "code of kernels and libraries": CODE,
-            "local memory of kernels": int(threads * STACK * _delta(config)[1] ** 2),
+            "local memory of kernels": threads * max(scan, grouped),
             "page tables of pinned experts": -(-host // PAGE) * ENTRY,
         },
     )
