@@ -18,6 +18,10 @@ from pipeline.hybrid.probe import probe
 CHOSEN = ("auto", "fill")
 """Placements that depend on the machine."""
 
+NEEDS_GPU = (
+    "all placements but cpu and auto need a GPU, the model is on {}: use placement cpu or auto"
+)
+
 _SHARES = 10**9
 """Shares in a shard map have nine digits; as whole numbers they count as calls."""
 
@@ -39,7 +43,7 @@ def choose(
     native: bool = True,
     dividing: bool = False,
 ) -> tuple[Table, list[str]]:
-    """The table that `placement` asks for; "auto" and "fill" without a GPU are the CPU for all.
+    """The table that `placement` asks for; "auto" without a GPU is the CPU for all.
 
     room: bytes on the device that "fill" may fill; native: see `load`; dividing: the CPU can take a
     part of zero-copy experts' calls, so that none need be at home there.
@@ -48,6 +52,8 @@ def choose(
     """
     chosen = placement in CHOSEN
     if chosen and device.type != "cuda":
+        if placement != "auto":
+            raise UserError(NEEDS_GPU.format(device))
         return by_request(layers, "cpu"), []
     table = by_request(layers, "zero-copy" if chosen else placement)
     if all(road == "cpu" for roads in table.values() for road in roads):
@@ -118,7 +124,4 @@ def kernels_fail(device: torch.device) -> str | None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
     if device.type == "cuda":
         return reason
-    raise UserError(
-        f"placements other than cpu need a GPU, and the model is on {device}: "
-        "use placement cpu or auto"
-    )
+    raise UserError(NEEDS_GPU.format(device))
