@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from pipeline.hub.fetch import with_headers
 from pipeline.models import Architecture
 from pipeline.models.architecture import Geometry
 from pipeline.models.skeleton import architecture_of, expected_shapes, geometry_of
+from pipeline.pace import DISK_BYTES_PER_SECOND, JOB_SECONDS, PACES, matrix_rate, read_rate
 from pipeline.progress import size
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.recipe import Recipe
@@ -41,19 +41,6 @@ from pipeline.stages.streams import SHARE
 from pipeline.stages.texts import calibration_sources
 from pipeline.stages.validate import check_device_memory
 from pipeline.workdir import WorkDirectory
-
-BYTES_PER_SECOND = 1e9
-"""Reading from a disk with a checksum, or writing with one.  A machine with an H200 wrote 1.2 GB/s
-with one writer, and read 45 GB that no cache held at 0.95 (2026-11-26, docs/performance.md).  16
-cores check a source in memory at 8 GB/s, on which no plan relies."""
-
-EFFICIENCY = 1 / 3
-"""Part of the probed rate that a conversion reaches: the demo on two CPU cores; GPTQ on an H200,
-where a layer's 4.0e13 float32 and 1.65e14 bfloat16 operations, 1.03 s at 51 and 690 TFLOP/s, took
-3.57 s with the start below (2026-11-26, commit 4e7320d, 48 layers)."""
-
-JOB_SECONDS = 0.5
-"""What any job takes, however small: launches, small tensors, file operations."""
 
 PACKING_SLACK = 8
 """Elements that a packed matrix may seem to have on top of its own, from filling up a word."""
@@ -84,6 +71,8 @@ class Plan:
     """Operations a second in float32 products on this machine, from a short probe."""
     half_rate: float
     """The same in bfloat16."""
+    read_rate: float
+    """Bytes of the source that are read and digested a second; an assumption without the source."""
     disk_bytes: int
     host_bytes: int
     device_bytes: int
@@ -116,17 +105,19 @@ class Plan:
         return found
 
     def job_seconds(self, job: Job) -> float:
-        """Estimate for one job: its operations at the probed rates or its bytes, and its start.
+        """Estimate for one job: its operations and steps or its bytes, and its start.
 
-        Reading, computing and writing go on side by side, so the slowest counts.  At an H200's 51
-        and 690 TFLOP/s that makes 193 s for 48 layers of GPTQ and their last job, which took 187
-        (commit 4e7320d), and 80 for rounding, which took 80 (01b33db).
+        Reading, computing and writing go on side by side, so the slowest counts.  Activations that
+        are saved are more to write, as often as `SHARE` allows.
         """
-        work = job.flops / self.matrix_rate + job.half_flops / self.half_rate
-        moved = max(job.bytes_read, job.bytes_written) / BYTES_PER_SECOND
-        seconds = max(work / EFFICIENCY, moved) + JOB_SECONDS
-        # Saved as often as this allows, not after every job.
-        return seconds + min(job.bytes_scratch / BYTES_PER_SECOND, SHARE * seconds)
+        pace = PACES[torch.device(self.device).type]
+        work = job.flops / (pace.exact * self.matrix_rate)
+        work += job.half_flops / (pace.half * self.half_rate) + job.steps * pace.step_seconds
+        # What is read after the source is the result, of which nothing is known yet.
+        read = job.bytes_read / (self.read_rate if job.stage in BUILDING else DISK_BYTES_PER_SECOND)
+        write = job.bytes_written / DISK_BYTES_PER_SECOND
+        save = min(job.bytes_scratch / DISK_BYTES_PER_SECOND, SHARE * max(work, read, write))
+        return max(work, read, write + save) + JOB_SECONDS
 
 
 @collection_paused()
@@ -197,8 +188,9 @@ def plan(context: Context, stages: Collection[str] = tuple(STAGES)) -> Plan:
     result = Plan(
         jobs=jobs,
         device=str(context.device),
-        matrix_rate=_matrix_rate(context.device, torch.float32),
-        half_rate=_matrix_rate(context.device, torch.bfloat16),
+        matrix_rate=matrix_rate(context.device, torch.float32),
+        half_rate=matrix_rate(context.device, torch.bfloat16),
+        read_rate=_read_rate(context.checkpoint),
         disk_bytes=sum(job.bytes_written for job in jobs) + max(j.bytes_scratch for j in jobs),
         host_bytes=RUNTIME_BYTES + max(job.host_bytes for job in jobs),
         device_bytes=max(job.device_bytes for job in jobs),
@@ -305,21 +297,10 @@ def _check_groups(
             )
 
 
-def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in products of a type, from a probe of some 0.1 s.
-
-    Such products take most of the time.  The best of several tries counts, as whatever else the
-    machine does only slows them.
-    """
-    n = 4096 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    (a @ a).sum().item()
-    best = float("inf")
-    deadline = time.perf_counter() + 0.1
-    while (started := time.perf_counter()) < deadline:
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * n**3 / best
+def _read_rate(checkpoint: Checkpoint) -> float:
+    if checkpoint.headers_only:
+        return DISK_BYTES_PER_SECOND
+    return read_rate([checkpoint.path / name for name in sorted(checkpoint.headers)])
 
 
 def _check_disk(result: Plan, context: Context) -> None:

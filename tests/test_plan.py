@@ -18,6 +18,7 @@ from support.damage import header_end
 
 from pipeline.cli import main
 from pipeline.errors import ResourceError
+from pipeline.pace import DISK_BYTES_PER_SECOND
 from pipeline.plan import as_dict, plan, prepare
 from pipeline.recipe import load_recipe
 from pipeline.stages.order import BUILDING, STAGES
@@ -82,6 +83,10 @@ def test_the_80b_recipe_is_planned_in_seconds(headers, cli, roomy):
     assert 37 * GIB < experts < 38 * GIB  # 4.25 bits each, and g_idx
     assert experts < made["disk_bytes"] < 1.4 * experts
     assert made["seconds"] == pytest.approx(sum(job["seconds"] for job in made["jobs"]))
+    assert made["read_rate"] == DISK_BYTES_PER_SECOND  # headers alone say nothing
+    assert {job["steps"] for job in layers} == {
+        64 * (2048 + 512) * 3
+    }  # tiles of 8 experts, on a CPU
 
 
 def test_the_80b_awq_recipe_is_planned_too(headers, large, roomy):
@@ -152,7 +157,7 @@ def test_80b_in_too_little_memory(large, roomy, monkeypatch):
 
 
 def test_80b_on_too_small_a_gpu(large, roomy, monkeypatch):
-    monkeypatch.setattr("pipeline.plan._matrix_rate", lambda *_: 1e12)  # asks the device
+    monkeypatch.setattr("pipeline.plan.matrix_rate", lambda *_: 1e12)  # asks the device
     limits = large.recipe.limits.model_copy(update={"device_memory": 6 * GIB})
     recipe = large.recipe.model_copy(update={"limits": limits})
     context = dataclasses.replace(large, device=torch.device("cuda"), recipe=recipe)

@@ -38,6 +38,8 @@ class Job:
     """Operations in float32 products."""
     half_flops: float = 0.0
     """Operations in bfloat16 products."""
+    steps: int = 0
+    """Columns that are gone through one after another, however many rows and matrices have them."""
     host_bytes: int = 0
     """Peak anonymous host memory, estimated."""
     device_bytes: int = 0

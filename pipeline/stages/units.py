@@ -15,7 +15,7 @@ from pipeline.stages.nonexpert import PATTERN
 from pipeline.stages.placement import place, stream_tokens
 from pipeline.stages.stream import TOKENS_PER_BATCH
 from pipeline.stages.texts import planned_windows
-from pipeline.stages.tiling import TILE_EXPERTS
+from pipeline.stages.tiling import TILE_EXPERTS, tiles
 
 REFERENCE_FILE = "validation_reference.safetensors"
 ORIGINAL_FILE = "validation_original.safetensors"
@@ -79,6 +79,7 @@ def jobs(context: Context) -> list[Job]:
                 bytes_scratch=2 * streams,  # those saved before are deleted last
                 flops=exact,
                 half_flops=half,
+                steps=_steps(context) if sparse else 0,
                 host_bytes=placement.host_bytes,
                 device_bytes=placement.device_bytes,
                 layer=layer,
@@ -192,3 +193,12 @@ def _solve_flops(context: Context, calibration: int) -> tuple[float, float]:
         factors += 1
         sums += hessians
     return search + products * product + factors * factor, sums
+
+
+def _steps(context: Context) -> int:
+    """Columns that a layer's tiles go through: rounding with what it causes, then each descent."""
+    recipe, g = context.recipe.requantize, context.geometry
+    if not QUANTIZERS[recipe.method].needs_hessian:
+        return 0
+    solved = len(tiles(g.experts, context.tile_experts))
+    return solved * (g.hidden + g.inner) * (1 + recipe.refinement_passes)
