@@ -25,7 +25,7 @@ JOB_SECONDS = 0.1
 """What any job takes, however small: launches, small tensors, file operations."""
 
 PROBE_PIECES = 16
-PROBE_BYTES = 8 << 20
+PROBE_BYTES = 4 << 20
 """How much of a source is read to know how fast it is read: pieces, and bytes of each."""
 
 PROBE_SECONDS = 0.1
