@@ -4,15 +4,12 @@
     python scripts/bench_hybrid.py --layers 8 --placements zero-copy --steps decode --profile
 
 Weights are random, experts packed in place (`hybrid_model.py`); kernels, roads and memory are those
-of a loaded model.  Decode is batch 1, its tokens drawn anew for every step, so that calls spread;
-at long contexts the cache is empty but read in full.  GPU memory is printed after every stage,
-beside what the ledger says (`pipeline/hybrid/ledger.py`).
-A placement is a road, or parts such as "resident:0.1,zero-copy:0.9"; "follow:0.1" adds copies of a
-tenth of the experts, which follow use, and "both:4" has the CPU take 4 of each token's calls of
-zero-copy experts, on one thread less than there are; both stand alone too.  torch is held to
-`--device-memory`, less what the CUDA context takes.  Figures of fewer layers are also scaled to 48,
-and said to be.  Below them, as the step "peers", is what `hybrid_peers/table.py` times of other
-runtimes on this machine.
+of a loaded model.  Decode is batch 1, its tokens drawn anew for every step; at long contexts the
+cache is empty but read in full.  GPU memory is printed beside what the ledger says.  A placement is
+a road, or parts such as "resident:0.1,zero-copy:0.9"; "follow:0.1" adds copies of a tenth of the
+experts, which follow use, and "both:4" has the CPU take 4 of each token's calls of zero-copy
+experts, on one thread less than there are.  torch is held to `--device-memory` less its context.
+Figures of fewer layers are also scaled to 48.  The step "peers" times other runtimes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Decode, statistics, solving, packing and the tile's share of the layer's output all happen here, on
 the device that the job names, from the layer's routed activations and references into the source.
-Only packed tensors and two sums leave.  The same function could be called on another device or
-another machine.
+Only packed tensors and sums leave, so the same function could run on another device or machine.
 """
 
 from __future__ import annotations
@@ -113,12 +112,11 @@ class LayerStatistics:
 
     def to(self, device: torch.device, home: Home) -> LayerStatistics:
         """The same for another device; `home`: where the streams live."""
-        target = None if self.target is None else home.reach(self.target, device)
         return replace(
             self,
             common=self.common.to(device),
             sample=self.sample.to(device),
-            target=target,
+            target=None if self.target is None else home.reach(self.target, device),
             sensitivity=None if self.sensitivity is None else self.sensitivity.to(device),
             scale=None if self.scale is None else self.scale.to(device),
         )

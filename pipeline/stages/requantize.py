@@ -78,11 +78,8 @@ class Requantize:
         self._stream = LayerStream(
             context.checkpoint, context.architecture, context.device, home=self._home
         )
-        self._folding = (
-            LayerFolding(context, self._stream, self._scheme, self._options)
-            if self._quantizer.folds
-            else None
-        )
+        parts = (context, self._stream, self._scheme, self._options)
+        self._folding = LayerFolding(*parts) if self._quantizer.folds else None
         self._streams: Streams | None = None
         self._policy = SavePolicy()
         self._snapshot: dict[str, Tensor] | None = None
