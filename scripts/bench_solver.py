@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import resource
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from bench_machine import timed
 from torch import Tensor
 
 from pipeline.quantize.backend import solver_backend
@@ -88,23 +87,6 @@ def problem(
     return weight, form() / tokens, form
 
 
-def timed(call: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Median seconds of `repeat` calls, after one that warms up."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    seconds = []
-    for _ in range(repeat + 1):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -161,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-    batch_time = timed(lambda: batched(plain), device, args.repeat)
+    batch_time = timed(lambda: batched(plain), args.repeat)
     if device.type == "cuda":
         peak = f"{(torch.cuda.max_memory_allocated(device) - held) / 2**30:.2f} GiB of GPU memory"
     else:
@@ -173,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("and refinement", refined, None),
         ("and output weights", refined, sensitivity),
     ):
-        seconds = timed(partial(batched, options, weighting), device, args.repeat)
+        seconds = timed(partial(batched, options, weighting), args.repeat)
         times[name] = (seconds, losses["batched"])
-    form_time = timed(form, device, args.repeat)
-    loop_time = timed(loop, device, 1) * args.experts / looped
+    form_time = timed(form, args.repeat)
+    loop_time = timed(loop, 1) * args.experts / looped
     scaled = "" if looped == args.experts else f" ({looped} experts timed, scaled up)"
     print(f"{args.experts} experts of {args.out} x {args.columns}, {args.bits} bits, group")
     print(f"  {args.group_size}, {device}, {solver_backend(device)}, {args.threads} threads")
