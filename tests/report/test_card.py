@@ -44,6 +44,7 @@ def test_metadata(model):
     assert (data.base_model, data.base_model_relation) == ("org/base", "quantized")
     assert (data.license, data.license_name, data.language) == ("other", "qwen", ["en", "zh"])
     assert "c" * 40 in text and 'snapshot_download("acme/result")' in text
+    assert "on no package index" in text and "pip install requant" not in text
     assert (
         ModelCard(make_card(model, Wishes("acme/result", "mit"))).data.get("license_name") is None
     )
