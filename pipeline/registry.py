@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from threading import RLock
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -24,7 +25,8 @@ class Registry(Generic[T]):
         self.kind = kind
         self._package = package
         self._members: dict[str, T] = {}
-        self._loaded = False
+        self._loading = RLock()
+        self._begun = self._loaded = False
 
     def register(self, name: str, member: T) -> T:
         """Add a member; raises ValueError when the name is taken."""
@@ -49,7 +51,11 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+        with self._loading:  # threads that ask meanwhile wait for all members
+            if self._begun:  # a member that asks while it is imported has those before it
+                return
+            self._begun = True
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+            self._loaded = True

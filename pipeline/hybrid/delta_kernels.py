@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.hybrid.fused_delta import Heads
+from pipeline.quantize.rehearsal import Launchable
 
 CHUNK = 64
 _PRECISION = "tf32x3"
@@ -31,6 +32,7 @@ _CHANNELS = 256
 _NORM_ROWS = 16
 
 
+@Launchable
 @triton.jit
 def _convolve_kernel(
     source, weight, out, length, shift, channels, keys, ratio, of_batch, of_token, of_channel,
@@ -92,6 +94,7 @@ def _inverse(strict, C: tl.constexpr, PRECISION: tl.constexpr):
     return some - tl.dot(far, some, input_precision=PRECISION)
 
 
+@Launchable
 @triton.jit
 def _chunk_kernel(
     mixed, decay, beta, query, key, read, value, within, kept, length, chunks, heads, ratio, keys,
@@ -150,6 +153,7 @@ def _chunk_kernel(
         tl.store(value + first[:, None] * V + at + piece[None, :], found)
 
 
+@Launchable
 @triton.jit
 def _scan_kernel(
     query, key, read, value, within, decay, state, out, chunks, C: tl.constexpr, K: tl.constexpr,
@@ -194,6 +198,7 @@ def _scan_kernel(
         tl.store(place + HALF * V, lower)
 
 
+@Launchable
 @triton.jit
 def _norm_kernel(
     core, gated, weight, out, length, padded, heads, ratio, eps, K: tl.constexpr, V: tl.constexpr,

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from pipeline.errors import ResourceError
+from pipeline.quantize.rehearsal import rehearsing
 
 Backend = Literal["torch", "triton"]
 
@@ -34,8 +35,11 @@ def solver_backend(device: torch.device) -> Backend:
     """The backend for tensors on `device`; part of what decides a result's bytes.
 
     Triton needs a C compiler at run time and a GPU generation it knows, so it counts as present
-    only after its kernels gave the right answer once on this device.
+    only after its kernels gave the right answer once on this device.  To work that
+    is rehearsed it is present.
     """
+    if rehearsing():
+        return "triton"
     if device.type != "cuda":
         return "torch"
     with _TESTING:

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.quantize.rehearsal import Launchable
+
 _GRID_ELEMENTS = 2048
 _GRAM_COLUMNS = 128
 _GRAM_TOKENS = 64
@@ -32,6 +34,7 @@ def round_half_even(x):
     return (x + 12582912.0) - 12582912.0
 
 
+@Launchable
 @triton.jit
 def _fit_kernel(
     values,
@@ -108,6 +111,7 @@ def _fit_kernel(
     tl.store(zeros + target, best_zero.to(tl.uint8), mask=row < rows)
 
 
+@Launchable
 @triton.jit
 def _moment_kernel(
     left,
