@@ -27,6 +27,7 @@ from pipeline.quantize.hessian import routed_hessians
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
+from pipeline.quantize.rows import RowOrder, row_order
 from pipeline.quantize.solved import energy
 from pipeline.quantize.tensor import AffineScheme
 
@@ -114,15 +115,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     readers = torch.randn(
         (args.out, args.out), device=device, generator=torch.Generator(device).manual_seed(1)
     )
-    sensitivity = readers.T @ readers
+    weighed = row_order(readers.T @ readers)
     weight, hessian, form = problem(args.experts, args.out, args.columns, device)
     gptq = QUANTIZERS["gptq"]
     looped = args.loop_experts or args.experts
     losses: dict[str, float] = {}
 
-    def batched(options: SolverOptions, weighting: Tensor | None = None) -> None:
+    def batched(options: SolverOptions, outputs: RowOrder | None = None) -> None:
         loss = [
-            gptq.quantize(w, h, scheme, options, weighting).loss
+            gptq.quantize(w, h, scheme, options, outputs).loss
             for w, h in zip(weight.split(args.tile), hessian.split(args.tile), strict=True)
         ]
         losses["batched"] = float(torch.cat(loss)[:looped].mean())
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, options, weighting in (
         ("with scale search", searched, None),
         ("and refinement", refined, None),
-        ("and output weights", refined, sensitivity),
+        ("and output weights", refined, weighed),
     ):
         seconds = timed(partial(batched, options, weighting), args.repeat)
         times[name] = (seconds, losses["batched"])

@@ -55,7 +55,9 @@ def _factor_by_blocks(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _solve_by_blocks(factor: Tensor, values: Tensor) -> Tensor:
     found = values.clone(memory_format=torch.contiguous_format)
     blocks = _blocks(factor)
-    inverses = [_inverse(factor[:, block, block]) for block in blocks]
+    whole = [factor[:, block, block] for block in blocks if block.stop - block.start == BLOCK]
+    inverses = list(_inverse(torch.cat(whole)).chunk(len(whole)))
+    inverses += [_inverse(factor[:, block, block]) for block in blocks[len(whole) :]]
     for block, inverse in zip(blocks, inverses, strict=True):  # Y L^T = B
         own = found[..., block]
         if block.start:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,37 @@ from pipeline.quantize.cholesky import lower_factor
 
 DAMPING_STEPS = 6
 """Times the damping of a matrix may grow tenfold before it is given up."""
+
+
+@dataclass(frozen=True)
+class Pulls:
+    """What a pass of coordinate descent needs of damped Hessians, for blocks of columns."""
+
+    blocks: list[slice]
+    """Working positions of each block, in order of processing: the last comes first."""
+    others: Tensor
+    """float32 [E, in, in]: what one unit of each column's error (row) asks of each column.  Inside
+    a block only what is asked by positions before its own: those behind it follow as they are
+    visited."""
+    within: list[Tensor]
+    """That inside each block, float32 [E, width, width], with a diagonal of 1: lower triangles."""
+
+    @classmethod
+    def of(cls, damped: Tensor, width: int) -> Pulls:
+        """H[b, a] / H[a, a] of float32 [E, in, in]."""
+        blocks = column_blocks(damped.shape[-1], width)
+        others = damped / damped.diagonal(dim1=1, dim2=2).unsqueeze(1)
+        within = []
+        for block in blocks:
+            own = others[:, block, block]
+            within.append(own.tril())
+            own.triu_(1)
+        return cls(blocks, others, within)
+
+
+def column_blocks(columns: int, width: int) -> list[slice]:
+    """Working positions of blocks of columns, in order of processing: the last comes first."""
+    return [slice(max(0, stop - width), stop) for stop in range(columns, 0, -width)]
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,13 @@ class Factored:
     """What was added to each diagonal, float32 [E]."""
     raised: Tensor
     """bool [E]: whether that had to be more than was asked for."""
+    _pulls: dict[int, Pulls] = field(default_factory=dict)
+
+    def pulls(self, width: int) -> Pulls:
+        """For blocks of `width` columns; made once."""
+        if width not in self._pulls:
+            self._pulls[width] = Pulls.of(self.damped, width)
+        return self._pulls[width]
 
 
 def factorise(hessian: Tensor, order: Tensor, damping: float) -> Factored:

@@ -62,7 +62,8 @@ def fit_grid(
     `search`: least squared error over shrunk ranges, else plain minimum and maximum.
     `turning`: symmetric groups may have a scale below 0.
     `importance`: float32 [E, in], a weight for each column's squared error in the search.
-    Raises NumericalError where a weight is not finite or too large for a float16 scale.
+    Where a weight is not finite or too large for a float16 scale, scales are Inf
+    (`refuse_unusable`).
     """
     experts, rows, columns = weight.shape
     group = scheme.group(columns)
@@ -83,7 +84,6 @@ def fit_grid(
         scales, zeros = _fit_slabs(
             weight.view(*shape, group), scheme, search, turning and scheme.symmetric, importance
         )
-    _refuse_unusable(scales)
     return Grid(scales, zeros)
 
 
@@ -174,8 +174,11 @@ def storable(scale: Tensor) -> Tensor:
     return torch.where(scale < 0, -sized, sized)
 
 
-def _refuse_unusable(scales: Tensor) -> None:
-    """Raise for the first matrix of float16 [E, out, groups] that holds an Inf scale."""
+def refuse_unusable(scales: Tensor) -> None:
+    """Raise NumericalError for the first matrix of float16 [E, out, groups] that has an Inf scale.
+
+    Apart from `fit_grid`, since a GPU has to be waited for.
+    """
     usable = torch.isfinite(scales).flatten(1).all(dim=1)
     if not bool(usable.all()):
         index = int((~usable).nonzero()[0, 0])

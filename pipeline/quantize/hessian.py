@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.precision import full_float32
+from pipeline.quantize.sent import sent
 
 HESSIAN_TOKENS = 256
 """Tokens of one expert in one product; the last of an expert is filled up with zeros."""
@@ -44,7 +45,7 @@ def routed_hessians(
         out = torch.zeros((experts, columns, columns), device=x_sorted.device)
     if weights is not None:
         x_sorted = x_sorted * weights.sqrt().unsqueeze(-1).to(x_sorted.dtype)
-    offsets = offsets.to(x_sorted.device)
+    offsets = sent(offsets, x_sorted.device)
     if solver_backend(x_sorted.device) == "triton":
         kernels = importlib.import_module("pipeline.quantize.triton_kernels")
         kernels.add_gram(x_sorted, offsets, out)
@@ -107,7 +108,7 @@ def router_emphasis(weights: Tensor, offsets: Tensor) -> Tensor:
     by expert, whose rows are offsets[e] to offsets[e + 1].
     """
     squares = weights.float().square()
-    counts = offsets.to(weights.device).diff()
+    counts = sent(offsets, weights.device).diff()
     owner = torch.repeat_interleave(torch.arange(len(counts), device=weights.device), counts)
     total = torch.zeros(len(counts), device=weights.device).index_add_(0, owner, squares)
     return squares * (counts / total.clamp_min(1e-30))[owner]
@@ -138,7 +139,7 @@ def shrink(hessian_sum: Tensor, counts: Tensor, all_token_mean: Tensor, strength
     An expert whose tokens are fewer than its inputs has a Hessian of less than full rank; the mean
     over all tokens of the layer restores it, and costs one matrix a layer.
     """
-    seen = counts.to(hessian_sum).view(-1, 1, 1)
+    seen = sent(counts, hessian_sum.device).to(hessian_sum.dtype).view(-1, 1, 1)
     if strength <= 0 and bool((seen == 0).any()):
         raise ValueError("an expert without tokens needs a strength above 0")
     mean = all_token_mean if all_token_mean.dim() == 3 else all_token_mean.unsqueeze(0)

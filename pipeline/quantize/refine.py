@@ -46,14 +46,11 @@ def descend(
     slabs = Slabs(factored.order, grid, backend)
     dense, result = slabs.take(weight), slabs.take(codes)
     error = slabs.residual(dense, result)
-    diagonal = factored.damped.diagonal(dim1=1, dim2=2)
-    for block in slabs.blocks():
-        # [E, in, width]: what one unit of each column's error asks of each column of the block.
-        pull = factored.damped[:, :, block] / diagonal[:, None, block]
-        triangle = pull[:, block].tril()
-        pull[:, block].triu_(1)  # the block's own later positions follow as they are visited
+    pulls = factored.pulls(slabs.width)
+    across = error.permute(1, 0, 2)
+    for block, triangle in zip(pulls.blocks, pulls.within, strict=True):
         target = dense[block].clone()
-        target.permute(1, 0, 2).baddbmm_(pull.transpose(1, 2), error.permute(1, 0, 2))
+        target.permute(1, 0, 2).baddbmm_(pulls.others[:, :, block].transpose(1, 2), across)
         slabs.round_block(
             block, dense[block], error[block], target, triangle, result[block], top=2**bits - 1
         )

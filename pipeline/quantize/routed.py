@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.quantize.backend import solver_backend
+from pipeline.quantize.sent import sent
 
 
 def grouped_product(x_sorted: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
@@ -30,7 +31,7 @@ def grouped_product(x_sorted: Tensor, weight: Tensor, offsets: Sequence[int]) ->
         some = weight if len(filled) == len(weight) else weight[filled]
         if x_sorted.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0:
             ends = [offsets[e + 1] - first for e in filled]
-            stops = torch.tensor(ends, dtype=torch.int32, device=x_sorted.device)
+            stops = sent(torch.tensor(ends, dtype=torch.int32), x_sorted.device)
             return F.grouped_mm(x_sorted, some.transpose(1, 2), offs=stops)
     out = x_sorted.new_empty(len(x_sorted), weight.shape[1])
     for e, (start, stop) in enumerate(pairwise(offsets)):

@@ -15,12 +15,14 @@ a block are left out.  Two-sided losses of this form are YAQA's (arXiv 2505.2298
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.quantize.factor import damped_factor
 from pipeline.quantize.grid import Grid
+from pipeline.quantize.precision import full_float32
 
 ROW_BLOCKS = 6
 """Blocks of rows per matrix.  Fixed: other blocks give other bytes.  Each costs a pass through the
@@ -34,34 +36,60 @@ Solve = Callable[[Tensor], tuple[Tensor, Grid]]
 """float32 [E, rows, in] -> codes uint8 of the same shape, and the grid they are on."""
 
 
-def solve_rows(weight: Tensor, sensitivity: Tensor, solve: Solve) -> tuple[Tensor, Grid]:
-    """Codes and grid of `weight` float32 [E, out, in] for the loss tr(M D H D^T).
+@dataclass(frozen=True)
+class RowOrder:
+    """In which order rows are solved, and what those to come make up for; of a sensitivity."""
 
-    `sensitivity`: float32 [out, out], M up to a factor, the same for all matrices of the batch;
-    `solve`: quantises some rows of all matrices for a loss tr(D H D^T).  Raises NumericalError for
-    a sensitivity that cannot be factorised at any damping.
-    """
-    rows = weight.shape[1]
+    order: Tensor
+    """int64 [out]: the last is processed first."""
+    pulls: tuple[Tensor | None, ...]
+    """A_RR^-T A_SR^T of each block of rows, in the order of processing, float32 [width, done]."""
+
+    def to(self, device: torch.device) -> RowOrder:
+        """The same on another device."""
+        pulls = tuple(None if pull is None else pull.to(device) for pull in self.pulls)
+        return RowOrder(self.order.to(device), pulls)
+
+    def blocks(self) -> list[slice]:
+        """Places in `order` of each block, in the order of processing."""
+        rows = len(self.order)
+        width = -(-rows // ROW_BLOCKS)
+        return [slice(max(0, stop - width), stop) for stop in range(rows, 0, -width)]
+
+
+def row_order(sensitivity: Tensor) -> RowOrder:
+    """For float32 [out, out], M up to a factor.  Raises NumericalError if it cannot be factorised
+    at any damping."""
     damped = sensitivity.float().clone()
     added = DAMPING * damped.diagonal().mean()
     # Nobody reads these outputs: all count alike.
     added = torch.where(added > 0, added, torch.ones_like(added))
     damped.diagonal().add_(added)
-    order = damped.diagonal().argsort(stable=True)  # the last is processed first
+    order = damped.diagonal().argsort(stable=True)
     ordered = damped[order][:, order].unsqueeze(0)
-    factor = damped_factor(ordered, added.view(1), "the sensitivity")[0][0]
-    width = -(-rows // ROW_BLOCKS)
+    pulls: list[Tensor | None] = [None]
+    with full_float32():
+        factor = damped_factor(ordered, added.view(1), "the sensitivity")[0][0]
+        for block in RowOrder(order, ()).blocks()[1:]:
+            own, behind = factor[block, block].T, factor[block.stop :, block].T
+            pulls.append(torch.linalg.solve_triangular(own, behind, upper=True))
+    return RowOrder(order, tuple(pulls))
+
+
+def solve_rows(weight: Tensor, outputs: RowOrder, solve: Solve) -> tuple[Tensor, Grid]:
+    """Codes and grid of `weight` float32 [E, out, in] for the loss tr(M D H D^T).
+
+    `outputs`: of M, the same for all matrices of the batch; `solve`: quantises some rows of all
+    matrices for a loss tr(D H D^T).
+    """
+    order = outputs.order
     error = torch.empty_like(weight)  # rows in this order
     solved: list[tuple[Tensor, Grid]] = []
-    for stop in range(rows, 0, -width):
-        block = slice(max(0, stop - width), stop)
+    for block, pull in zip(outputs.blocks(), outputs.pulls, strict=True):
         dense = weight[:, order[block]]
         target = dense
-        if stop < rows:
-            pull = torch.linalg.solve_triangular(
-                factor[block, block].T, factor[stop:, block].T, upper=True
-            )
-            target = dense + torch.matmul(pull, error[:, stop:])
+        if pull is not None:
+            target = dense + torch.matmul(pull, error[:, block.stop :])
         codes, grid = solve(target)
         error[:, block] = dense - dequantized(codes, grid)
         solved.insert(0, (codes, grid))

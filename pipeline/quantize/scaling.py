@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.quantize.backend import solver_backend
-from pipeline.quantize.grid import encode, fit_grid
+from pipeline.quantize.grid import encode, fit_grid, refuse_unusable
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
 from pipeline.quantize.solved import energy
@@ -89,6 +89,7 @@ def round_clipped(
         importance=moment.contiguous(),
         backend=solver_backend(weight.device),
     )
+    refuse_unusable(grid.scales)
     codes = encode(weight, grid, scheme.bits)
     return QuantizedTensor(scheme, {"codes": codes, "scales": grid.scales, "zeros": grid.zeros})
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.grid import SMALLEST_SCALE
 from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.rows import RowOrder
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 
@@ -24,8 +25,14 @@ class Solved:
     loss: Tensor
     """float32, the batch dimensions: tr((W-Q) H (W-Q)^T) / tr(W H W^T); H = identity where there
     is no Hessian, 0 where W H W^T is zero."""
-    raised: int = 0
-    """Matrices whose Hessian had a factor only with more damping than was asked for."""
+    damped_more: Tensor | None = None
+    """bool [E]: matrices whose Hessian had a factor only with more damping than was asked for; None:
+    none of them.  A tensor, so that nothing has to be waited for before it is asked for."""
+
+    @property
+    def raised(self) -> int:
+        """How many matrices needed more damping."""
+        return 0 if self.damped_more is None else int(self.damped_more.sum())
 
     @property
     def smallest_scales(self) -> int:
@@ -41,7 +48,7 @@ class Quantizer(Protocol):
     folds: bool
     """Whether input channels are to be scaled for it first (`pipeline.quantize.scaling`)."""
     weighs_outputs: bool
-    """Whether it makes use of `sensitivity`."""
+    """Whether it makes use of `outputs`."""
 
     def quantize(
         self,
@@ -49,13 +56,13 @@ class Quantizer(Protocol):
         hessian: Tensor | None,
         scheme: AffineScheme,
         options: SolverOptions,
-        sensitivity: Tensor | None = None,
+        outputs: RowOrder | None = None,
     ) -> Solved:
         """Quantise `weight` [E, out, in] or [out, in] (float32 or bfloat16) on its device.
 
         `hessian`: float32 [E, in, in] or [in, in], the mean over tokens of x x^T.
-        `sensitivity`: float32 [out, out], the Gram matrix of what reads the outputs, up to a
-        factor: the loss to be made small is tr(M D H D^T); None: all outputs count alike.
+        `outputs`: made from the Gram matrix M of what reads the outputs, the same for all
+        matrices: the loss to be made small is tr(M D H D^T); None: all outputs count alike.
         Raises NumericalError naming the matrix's index where the numbers are not usable, and
         ValueError where shapes do not fit.
         """

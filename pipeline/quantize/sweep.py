@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.quantize.backend import Backend
-from pipeline.quantize.factor import Factored
+from pipeline.quantize.factor import Factored, column_blocks
 from pipeline.quantize.grid import Grid
 
 BLOCK_COLUMNS: dict[Backend, int] = {"torch": 32, "triton": 128}
@@ -41,7 +41,7 @@ class Slabs:
         self._group = (reverse // (self.columns // groups) + matrix * groups).t().reshape(-1)
         self._scales = _columns_first(grid.scales.float())
         self._zeros = _columns_first(grid.zeros.float())
-        self._width = BLOCK_COLUMNS[backend]
+        self.width = BLOCK_COLUMNS[backend]
         self._kernels: Any = None
         if backend == "triton":
             self._kernels = importlib.import_module("pipeline.quantize.triton_columns")
@@ -80,8 +80,7 @@ class Slabs:
 
     def blocks(self) -> list[slice]:
         """Working positions of each block, in order of processing."""
-        stops = range(self.columns, 0, -self._width)
-        return [slice(max(0, stop - self._width), stop) for stop in stops]
+        return column_blocks(self.columns, self.width)
 
     def residual(self, dense: Tensor, codes: Tensor) -> Tensor:
         """W - Q of slabs, `dense` being W and `codes` uint8."""

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.quantize.rehearsal import Launchable
+from pipeline.quantize.sent import sent
 
 _GRID_ELEMENTS = 2048
 _GRAM_COLUMNS = 128
@@ -184,7 +185,7 @@ def fit_groups(
     shape = (experts, rows, groups)
     scales = torch.empty(shape, dtype=torch.float32, device=values.device)
     zeros = torch.empty(shape, dtype=torch.uint8, device=values.device)
-    tried = torch.tensor(shrinks, dtype=torch.float32, device=values.device)
+    tried = sent(torch.tensor(shrinks, dtype=torch.float32), values.device)
     _fit_kernel[(triton.cdiv(rows, tile), groups, experts)](
         values.contiguous(),
         values if importance is None else importance.contiguous(),
@@ -235,7 +236,7 @@ def drift(
         difference = (target[rows] - x_sorted[rows]).to(x_sorted.dtype).contiguous()
         if weights is not None:
             difference *= weights[rows].unsqueeze(1)
-        ends = torch.tensor([o - some[0] for o in some], device=out.device)
+        ends = sent(torch.tensor([o - some[0] for o in some]), out.device)
         part = out[first : first + _DRIFT_EXPERTS]
         _moments(difference, x_sorted[rows].contiguous(), ends, part, symmetric=False)
     return out

@@ -28,7 +28,9 @@ from pipeline.quantize.hessian import (
 )
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.routed import add_rows, grouped_product, token_sums
+from pipeline.quantize.rows import RowOrder
 from pipeline.quantize.scaling import best_scales, candidate_scales, scale_losses
+from pipeline.quantize.sent import sent
 from pipeline.quantize.solved import Quantizer, Solved
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 from pipeline.stages.home import Home
@@ -102,9 +104,9 @@ class LayerStatistics:
     target: Tensor | None
     """The source's own inputs at the layer's tokens, bf16 [tokens, hidden]; None: do not correct
     for what earlier layers lost."""
-    sensitivity: Tensor | None = None
-    """How much the model behind listens to each direction of the layer's output, float32
-    [hidden, hidden] up to a factor; None: to all alike."""
+    outputs: RowOrder | None = None
+    """For how much the model behind listens to each direction of the layer's output; None: to all
+    alike."""
     scale: Tensor | None = None
     """What folding divided the inputs by, float32 [hidden], those of `target` excepted."""
     folds_down: bool = False
@@ -117,7 +119,7 @@ class LayerStatistics:
             common=self.common.to(device),
             sample=self.sample.to(device),
             target=None if self.target is None else home.reach(self.target, device),
-            sensitivity=None if self.sensitivity is None else self.sensitivity.to(device),
+            outputs=None if self.outputs is None else self.outputs.to(device),
             scale=None if self.scale is None else self.scale.to(device),
         )
 
@@ -220,7 +222,7 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
         emphasis = router_emphasis(given, torch.tensor(offsets))
 
     hessian = None
-    rank: list[float] = []
+    rank: Tensor | None = None
     scaled = fold_tile(tile, layer.scale, None)
     folded = None
     if layer.folds_down:
@@ -231,7 +233,7 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
         strength = STRENGTH * inputs.shape[1]
         counts = torch.tensor(offsets).diff()
         own = routed_hessians(inputs, torch.tensor(offsets), weights=emphasis)
-        rank = effective_rank(own).tolist()
+        rank = effective_rank(own)
         hessian = shrink(own, counts, layer.common, strength)
         del own
         if target is not None:
@@ -247,7 +249,7 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
     weight, down_hessian, between = _down_problem(
         job, tile, scaled.down, inputs, target, emphasis, gate_up, folded, offsets, layer
     )
-    solved_down = _quantize(job, "down", weight, down_hessian, layer.sensitivity)
+    solved_down = _quantize(job, "down", weight, down_hessian, layer.outputs)
     return SolvedTile(
         gate=solved.quantized.rows(0, inner),
         up=solved.quantized.rows(inner, 2 * inner),
@@ -256,7 +258,7 @@ def solve_tile(job: TileJob, tile: DenseTile, routed: Routed, layer: LayerStatis
         inner=between,
         gate_up_loss=solved.loss.tolist(),
         down_loss=solved_down.loss.tolist(),
-        effective_rank=rank,
+        effective_rank=[] if rank is None else rank.tolist(),
         raised_damping=solved.raised + solved_down.raised,
         smallest_scales=solved.smallest_scales + solved_down.smallest_scales,
     )
@@ -366,11 +368,11 @@ def _quantize(
     what: str,
     weight: Tensor,
     hessian: Tensor | None,
-    sensitivity: Tensor | None = None,
+    outputs: RowOrder | None = None,
 ) -> Solved:
     """Solve a tile's matrices."""
     with _named(job, what):
-        return job.quantizer.quantize(weight, hessian, job.scheme, job.options, sensitivity)
+        return job.quantizer.quantize(weight, hessian, job.scheme, job.options, outputs)
 
 
 @contextlib.contextmanager
@@ -386,7 +388,7 @@ def _named(job: TileJob, what: str) -> Iterator[None]:
 
 def _share(counts: Tensor, strength: float, device: torch.device) -> Tensor:
     """What `shrink` divides an expert's sum by, [E, 1, 1]."""
-    return (counts.to(device, torch.float32) + strength).view(-1, 1, 1)
+    return (sent(counts.float(), device) + strength).view(-1, 1, 1)
 
 
 def _inner_of(job: TileSource, inputs: Tensor, gate_up: Tensor, offsets: list[int]) -> Tensor:

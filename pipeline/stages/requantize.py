@@ -32,6 +32,7 @@ from pipeline.evaluate.windows import Windows
 from pipeline.models.architecture import ModuleGroup
 from pipeline.quantize.hessian import add_moment, rounded_out
 from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.rows import RowOrder, row_order
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import DOWN_SAMPLE_TOKENS, LayerStatistics, TileJob
@@ -319,12 +320,19 @@ class Requantize:
             common=rounded_out(common / tokens, tokens),
             sample=rows_of(routed.inputs, chosen.to(device)),
             target=None if target is None else target.inputs,
-            sensitivity=(
-                None if self._sensitivity is None else self._sensitivity.result().after(layer)
-            ),
+            outputs=self._outputs_behind(layer),
             scale=folded.experts,
             folds_down=folded.down,
         )
+
+    def _outputs_behind(self, layer: int) -> RowOrder | None:
+        """How the layer's outputs are weighed, if they are."""
+        if self._sensitivity is None:
+            return None
+        try:
+            return row_order(self._sensitivity.result().after(layer))
+        except NumericalError as error:
+            raise NumericalError(f"layer {layer}, down: {error}") from None
 
     def _jobs_from(self, layer: int) -> Iterator[TileJob]:
         """All tiles from a layer on."""

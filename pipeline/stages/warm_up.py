@@ -34,6 +34,7 @@ from pipeline.quantize.hessian import effective_rank, routed_hessians, shrink
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.rehearsal import Rehearsal, rehearsing
 from pipeline.quantize.routed import add_rows, grouped_product, token_sums
+from pipeline.quantize.rows import row_order
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.recipe import Recipe
 from pipeline.stages.context import Context
@@ -95,11 +96,11 @@ class Problem:
             if wanted.error_correction:
                 drift = routed_drift(inputs * 1.125, inputs, offsets, emphasis) / len(inputs)
                 weight = corrected(weight, hessian, drift)
-        sensitivity = None
+        outputs = None
         if last and wanted.output_weighting and quantizer.weighs_outputs:
-            sensitivity = torch.eye(rows, device=self.device)
+            outputs = row_order(torch.eye(rows, device=self.device))
         scheme = AffineScheme(wanted.bits, wanted.group_size, wanted.symmetric)
-        quantizer.quantize(weight, hessian, scheme, solver_options(wanted), sensitivity)
+        quantizer.quantize(weight, hessian, scheme, solver_options(wanted), outputs)
 
     def outputs(self) -> None:
         """Products of tokens with a tile, and the sums of what its experts give to them."""

@@ -19,6 +19,7 @@ from pipeline.models.skeleton import architecture_of
 from pipeline.quantize.hessian import add_moment, rounded_out
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
+from pipeline.quantize.rows import row_order
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.experts import (
     DOWN_SAMPLE_TOKENS,
@@ -110,7 +111,7 @@ def convert(source: Source, idea: Idea, group: int) -> Tensor:
             if idea.corrects:
                 statistics = replace(statistics, target=wanted.inputs)
             if behind is not None:
-                statistics = replace(statistics, sensitivity=behind(layer))
+                statistics = replace(statistics, outputs=row_order(behind(layer)))
             statistics = replace(statistics, folds_down=idea.folds_down)
             solved: list[tuple[TileSource, DenseTile]] = []
             faithful: list[tuple[TileSource, DenseTile]] = []

@@ -169,7 +169,7 @@ class TokenWeights(Idea):
         wanted, moment, between = _down_problem(
             job, tile, tile.down.float(), inputs, target, inner, gate_up, None, offsets, layer
         )
-        down = _quantize(job, "down", wanted, moment, layer.sensitivity)
+        down = _quantize(job, "down", wanted, moment, layer.outputs)
         return SolvedTile(
             gate=solved.quantized.rows(0, job.inner),
             up=solved.quantized.rows(job.inner, 2 * job.inner),

@@ -9,7 +9,7 @@ from problems import fresh, problem
 from pipeline.quantize.grid import encode, fit_grid
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
-from pipeline.quantize.rows import DAMPING, ROW_BLOCKS, solve_rows
+from pipeline.quantize.rows import DAMPING, ROW_BLOCKS, row_order, solve_rows
 from pipeline.quantize.tensor import AffineScheme
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def test_targets_are_where_the_rest_of_the_loss_is_least(rows):
         grid = fit_grid(target, SCHEME, search=False)
         return encode(target, grid, 4), grid
 
-    codes, grid = solve_rows(weight, sensitivity, rounding)
+    codes, grid = solve_rows(weight, row_order(sensitivity), rounding)
     split = codes.double().unflatten(-1, (-1, 32)) - grid.zeros.unsqueeze(-1)
     error = weight - (split * grid.scales.double().unsqueeze(-1)).flatten(-2)
     damped = sensitivity.double()
@@ -70,7 +70,7 @@ def test_outputs_that_count_alike_change_nothing(one_thread):
     """One thread: several cut products of other shapes elsewhere, which shows in last bits."""
     weight, hessian = problem(fresh(), 3, 40, 64)
     plain = GPTQ.quantize(weight, hessian, SCHEME, SolverOptions())
-    weighted = GPTQ.quantize(weight, hessian, SCHEME, SolverOptions(), 3 * torch.eye(40))
+    weighted = GPTQ.quantize(weight, hessian, SCHEME, SolverOptions(), row_order(3 * torch.eye(40)))
     for name, array in plain.quantized.arrays.items():
         assert torch.equal(array, weighted.quantized.arrays[name])
     assert torch.equal(plain.loss, weighted.loss)
@@ -82,7 +82,7 @@ def test_quantizers_say_whether_they_weigh_outputs(method):
     weight, hessian = problem(generator, 2, 48, 64)
     quantizer, options = QUANTIZERS[method], SolverOptions()
     plain = quantizer.quantize(weight, hessian, SCHEME, options)
-    weighted = quantizer.quantize(weight, hessian, SCHEME, options, gram(generator, 48))
+    weighted = quantizer.quantize(weight, hessian, SCHEME, options, row_order(gram(generator, 48)))
     same = torch.equal(plain.quantized.arrays["codes"], weighted.quantized.arrays["codes"])
     assert same is not quantizer.weighs_outputs
 
@@ -98,7 +98,7 @@ def test_what_reads_the_outputs_loses_less(scheme):
     hessian[2] = 0  # an expert without tokens
     sensitivity = gram(generator, 96)
     plain = GPTQ.quantize(weight, hessian, scheme, SolverOptions())
-    weighted = GPTQ.quantize(weight, hessian, scheme, SolverOptions(), sensitivity)
+    weighted = GPTQ.quantize(weight, hessian, scheme, SolverOptions(), row_order(sensitivity))
     hessian[2] = torch.eye(64)  # what its damping stands for
     before = two_sided(weight, plain, hessian, sensitivity)
     after = two_sided(weight, weighted, hessian, sensitivity)

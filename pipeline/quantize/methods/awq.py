@@ -13,6 +13,7 @@ from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.methods.gptq import Gptq
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
+from pipeline.quantize.rows import RowOrder
 from pipeline.quantize.scaling import round_clipped
 from pipeline.quantize.solved import Solved, energy, relative
 from pipeline.quantize.tensor import AffineScheme
@@ -32,7 +33,7 @@ class Awq:
         hessian: Tensor | None,
         scheme: AffineScheme,
         options: SolverOptions,
-        sensitivity: Tensor | None = None,
+        outputs: RowOrder | None = None,
     ) -> Solved:
         """See `pipeline.quantize.solved.Quantizer`; of the options, only those of scales."""
         matrices, moments = as_batch(weight, hessian)

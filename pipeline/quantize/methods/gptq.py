@@ -8,12 +8,12 @@ from torch import Tensor
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.batch import as_batch
 from pipeline.quantize.factor import Factored, column_importance, factorise
-from pipeline.quantize.grid import Grid, fit_grid
+from pipeline.quantize.grid import Grid, fit_grid, refuse_unusable
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
 from pipeline.quantize.refine import descend, refit_scales
-from pipeline.quantize.rows import solve_rows
+from pipeline.quantize.rows import RowOrder, solve_rows
 from pipeline.quantize.solved import Solved, energy, relative
 from pipeline.quantize.sweep import sweep
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
@@ -33,7 +33,7 @@ class Gptq:
         hessian: Tensor | None,
         scheme: AffineScheme,
         options: SolverOptions,
-        sensitivity: Tensor | None = None,
+        outputs: RowOrder | None = None,
     ) -> Solved:
         """See `pipeline.quantize.solved.Quantizer`.
 
@@ -54,18 +54,18 @@ class Gptq:
             def solve(rows: Tensor) -> tuple[Tensor, Grid]:
                 return _solve(rows, moments, factored, scheme, options)
 
-            if sensitivity is None:
+            if outputs is None:
                 codes, grid = solve(matrices)
             else:
-                codes, grid = solve_rows(matrices, sensitivity, solve)
+                codes, grid = solve_rows(matrices, outputs, solve)
+            refuse_unusable(grid.scales)
             arrays = {"codes": codes, "scales": grid.scales, "zeros": grid.zeros}
             quantized = QuantizedTensor(scheme, arrays)
             lost = energy(matrices - quantized.dequantize(), moments)
             loss = relative(lost, energy(matrices, moments))
-        raised = int(factored.raised.sum())
         if weight.dim() == 2:
-            return Solved(quantized[0], loss[0], raised)
-        return Solved(quantized, loss, raised)
+            return Solved(quantized[0], loss[0], factored.raised)
+        return Solved(quantized, loss, factored.raised)
 
 
 def _solve(

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.batch import as_batch
-from pipeline.quantize.grid import encode, fit_grid
+from pipeline.quantize.grid import encode, fit_grid, refuse_unusable
 from pipeline.quantize.methods import QUANTIZERS
 from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.precision import full_float32
+from pipeline.quantize.rows import RowOrder
 from pipeline.quantize.solved import Solved, energy, relative
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
@@ -28,7 +29,7 @@ class RoundToNearest:
         hessian: Tensor | None,
         scheme: AffineScheme,
         options: SolverOptions,
-        sensitivity: Tensor | None = None,
+        outputs: RowOrder | None = None,
     ) -> Solved:
         """See `pipeline.quantize.solved.Quantizer`; of the options, only those of scales."""
         matrices, moments = as_batch(weight, hessian)
@@ -40,6 +41,7 @@ class RoundToNearest:
             turning=options.negative_scales,
             backend=backend,
         )
+        refuse_unusable(grid.scales)
         arrays = {
             "codes": encode(matrices, grid, scheme.bits),
             "scales": grid.scales,
