@@ -26,8 +26,8 @@ class Solved:
     """float32, the batch dimensions: tr((W-Q) H (W-Q)^T) / tr(W H W^T); H = identity where there
     is no Hessian, 0 where W H W^T is zero."""
     damped_more: Tensor | None = None
-    """bool [E]: matrices whose Hessian had a factor only with more damping than was asked for; None:
-    none of them.  A tensor, so that nothing has to be waited for before it is asked for."""
+    """bool [E]: matrices whose Hessian had a factor only with more damping than was asked for;
+    None: none of them.  A tensor, so that a GPU need not be waited for."""
 
     @property
     def raised(self) -> int:

@@ -4,7 +4,7 @@ from problems import fresh
 
 import pipeline.quantize.grid as grid_module
 from pipeline.errors import NumericalError
-from pipeline.quantize.grid import SMALLEST_SCALE, encode, fit_grid
+from pipeline.quantize.grid import SMALLEST_SCALE, encode, fit_grid, refuse_unusable
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
