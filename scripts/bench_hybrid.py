@@ -123,11 +123,7 @@ def measure(wanted: Placement, args: argparse.Namespace, device: torch.device) -
     started = time.perf_counter()
     model = build(args.layers, args.experts, device, wanted.shares, pinned=not args.unpinned)
     copies = round(wanted.follow * args.experts)
-    begin = {n: range(copies) for n in range(args.layers)} if copies else None
-    top_k = model.config.num_experts_per_tok if device.type == "cuda" else None
-    residency = connect(model, begin, top_k=top_k)
-    if device.type == "cuda":
-        hand_over(model, None if wanted.cpu_calls is None else fixed(wanted.cpu_calls))
+    residency = place(model, wanted)
     _wait(device)
     figures.build_seconds = time.perf_counter() - started
     print(f"{placement}: built in {figures.build_seconds:.0f} s", flush=True)
@@ -166,6 +162,17 @@ def measure(wanted: Placement, args: argparse.Namespace, device: torch.device) -
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return figures
+
+
+def place(model: PreTrainedModel, wanted: Placement) -> Residency | None:
+    """What `load` does with a model whose experts lie where they belong."""
+    config, cuda = model.config, model.device.type == "cuda"
+    copies = range(round(wanted.follow * config.num_experts))
+    begin = dict.fromkeys(range(config.num_hidden_layers), copies) if copies else None
+    residency = connect(model, begin, top_k=config.num_experts_per_tok if cuda else None)
+    if cuda:
+        hand_over(model, None if wanted.cpu_calls is None else fixed(wanted.cpu_calls))
+    return residency
 
 
 def stated(

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from synthetic_geometries import MODELS
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.hybrid.backends import BACKENDS
@@ -31,6 +31,8 @@ SCHEME = AffineScheme(4, 128, True)
 Shares = dict[Road, float]
 POOL = 16_777_213
 """Random values that all weights are cut from; a prime, so that no row of a matrix is another's."""
+_SOME = 32
+"""Experts centred at once."""
 
 
 def build(
@@ -42,13 +44,17 @@ def build(
     scheme: AffineScheme = SCHEME,
     vocabulary: int | None = None,
     pinned: bool = True,
+    native: bool = True,
 ) -> PreTrainedModel:
     """A model of that many layers; `shares`: the part of each layer's experts on each road; pinned:
-    beside a GPU, the CPU's experts too."""
+    beside a GPU, the CPU's experts too; native: those by the compiled kernel, where it is there.
+
+    The same model whatever the shares.
+    """
     model = without_experts(layers, experts, device, vocabulary)
     geometry = MODELS["qwen3-next-80b"]
     block = random_records(experts, geometry.hidden, geometry.inner, scheme)
-    splits = _all(block, layers, shares, device, pinned)
+    splits = _all(block, layers, shares, device, pinned, native)
     for layer, split in zip(model.model.layers, splits, strict=True):
         layer.mlp.experts = split
     if device.type == "cpu":
@@ -81,7 +87,22 @@ def random_records(experts: int, hidden: int, inner: int, scheme: AffineScheme =
     for part in (layout.gate_up, layout.down):
         scales = data[:, part.scales : part.scales + 2 * part.rows * part.groups]
         scales.view(torch.float16).fill_(0.004)
+        if part.zero and part.paired:
+            for some in data[:, part.codes : part.codes + part.rows * part.width].split(_SOME):
+                _centre(some, part.zero)
     return Records(layout, data)
+
+
+def _centre(pairs: Tensor, zero: int) -> None:
+    """Give codes of 0, which have no opposite, the value of weights of 0.
+
+    With them the mean weight is below 0: all experts share a part, which grows from layer to layer
+    until tokens' hidden states have one direction and choose the same experts.
+    """
+    low, high = pairs & 15, pairs >> 4
+    low[low == 0] = zero
+    high[high == 0] = zero
+    torch.bitwise_or(low, high << 4, out=pairs)
 
 
 def full_layout(hidden: int, inner: int, scheme: AffineScheme = SCHEME) -> Layout:
@@ -116,36 +137,59 @@ def _fill(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _all(
-    block: Records, layers: int, shares: Shares, device: torch.device, pinned: bool
+    block: Records,
+    layers: int,
+    shares: Shares,
+    device: torch.device,
+    pinned: bool,
+    native: bool,
 ) -> list[SplitExperts | HybridExperts | NativeExperts]:
     for name in BACKENDS:
         BACKENDS[name]  # imported at first use, which threads must not do side by side
     with ThreadPoolExecutor(8) as pool:
-        one = partial(_layer, block, shares=shares, device=device, pinned=pinned)
+        one = partial(_layer, block, shares=shares, device=device, pinned=pinned, native=native)
         return list(pool.map(one, range(layers)))
 
 
-def _on_cpu(block: Records, count: int, pin: bool) -> HybridExperts | NativeExperts:
+def _on_cpu(
+    block: Records, members: list[int], pin: bool, native: bool
+) -> HybridExperts | NativeExperts:
     """By the kernel that `load` would choose."""
     wide, narrow = Records(block.layout, block.data[:1]).unpack()
-    library = kernel_for(wide, narrow, torch.bfloat16)
+    library = kernel_for(wide, narrow, torch.bfloat16) if native else None
     if library is not None:
-        records = empty(block.layout, count, torch.device("cpu"))
+        records = empty(block.layout, len(members), torch.device("cpu"))
         if pin:
             fault_in(records.data)
             pin_memory(records.data)
-        records.data.copy_(block.data[:count])
+        _gather(block, members, records.data)
         return NativeExperts(library, records)
-    some = Records(block.layout, block.data[:count]).unpack()
+    some = Records(block.layout, block.data[torch.tensor(members)]).unpack()
     gate_up, down = (to_matrices(q, torch.bfloat16)[1] for q in some)
-    return HybridExperts(gate_up, down, count, nn.functional.silu)
+    return HybridExperts(gate_up, down, len(members), nn.functional.silu)
+
+
+def _gather(block: Records, members: list[int], into: Tensor) -> Tensor:
+    """These experts' own records, so that every placement is the same model."""
+    return torch.index_select(block.data, 0, torch.tensor(members), out=into)
+
+
+def _order(count: int, shares: Shares, number: int) -> list[int]:
+    """A layer's experts as its roads take them; a module that is alone knows no other order."""
+    if all(road == "cpu" or not share for road, share in shares.items()):
+        return list(range(count))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(number)).tolist()
 
 
 def _layer(
-    block: Records, number: int, shares: Shares, device: torch.device, pinned: bool
+    block: Records,
+    number: int,
+    shares: Shares,
+    device: torch.device,
+    pinned: bool,
+    native: bool,
 ) -> SplitExperts | HybridExperts | NativeExperts:
-    mixed = torch.randperm(block.count, generator=torch.Generator().manual_seed(number))
-    order, done = mixed.tolist(), 0.0
+    order, done = _order(block.count, shares, number), 0.0
     roads: dict[Road, DeviceRoad] = {}
     cpu: tuple[list[int], HybridExperts | NativeExperts] | None = None
     for road in ROADS:
@@ -155,12 +199,13 @@ def _layer(
         if not members:
             continue
         if road == "cpu":
-            cpu = members, _on_cpu(block, count, pinned and device.type == "cuda")
+            cpu = members, _on_cpu(block, members, pinned and device.type == "cuda", native)
         elif road == "resident":
-            roads[road] = DeviceRoad(members, Records(block.layout, block.data[:count].to(device)))
+            data = block.data[torch.tensor(members)].to(device)
+            roads[road] = DeviceRoad(members, Records(block.layout, data))
         else:
             data = host_memory(count * block.layout.nbytes, pin=device.type == "cuda")
-            data = data.view(count, -1).copy_(block.data[:count])
+            data = _gather(block, members, data.view(count, -1))
             roads[road] = DeviceRoad(members, Records(block.layout, data))
     if not roads and cpu is not None:
         visiting = device.type == "cuda" and isinstance(cpu[1], NativeExperts)

@@ -7,7 +7,9 @@ their GPU; `ours`: experts in int4 on the CPU, the rest on it too; or, where the
 `accelerate`: the dense model, its experts where `device_map` says "cpu", the rest on the GPU, and
 `hybrid`: ours with experts zero-copy, both held to `--device-memory`.  All sides have the same
 weights: the dense one holds the values that ours has codes of.  Whoever comes second also prints
-how far its logits behind the prompt are from the first one's, which DIR keeps.
+how far its logits behind the prompt are from the first one's, which DIR keeps.  These are one
+token's, behind four routers that decide near-ties by a bit: rounding to bfloat16 elsewhere moves
+them by 0.02 to 0.3, another model by 1.  `same_layers.py` tells whether the layers are the same.
 
 The head of 151,936 rows is left out of the four layers (it is cut to 1,024) and timed by itself, so
 that a step of 48 layers is 12 times the four and one head; that figure is labelled as scaled.
@@ -45,12 +47,14 @@ CHUNK = 32
 """Experts dequantised at once."""
 
 
-def dense(experts: int, own: int) -> PreTrainedModel:
+def dense(experts: int, own: int, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The dense model on the CPU; `own`: stacks of experts, which the layers take in turns."""
     model = without_experts(LAYERS, experts, torch.device("cpu"), VOCABULARY)
-    first = _dequantised(experts)
+    for parameter in model.parameters():  # buffers stay what they are
+        parameter.data = parameter.data.to(dtype)
+    first = _dequantised(experts, dtype)
     stacks = [first, *([stack.clone() for stack in first] for _ in range(own - 1))]
-    bare = build_skeleton(model.config, torch.bfloat16)
+    bare = build_skeleton(model.config, dtype)
     for number, (layer, meta) in enumerate(zip(model.model.layers, bare.model.layers, strict=True)):
         module = meta.mlp.experts
         mine = stacks[number % own]
@@ -61,14 +65,14 @@ def dense(experts: int, own: int) -> PreTrainedModel:
     return model
 
 
-def _dequantised(experts: int) -> list[Tensor]:
+def _dequantised(experts: int, dtype: torch.dtype) -> list[Tensor]:
     """A layer's experts as transformers stacks them, some at a time."""
     quantized = random_records(experts, GEOMETRY.hidden, GEOMETRY.inner).unpack()
-    stacks = [torch.empty(q.shape, dtype=torch.bfloat16) for q in quantized]
+    stacks = [torch.empty(q.shape, dtype=dtype) for q in quantized]
     for stack, part in zip(stacks, quantized, strict=True):
         for first in range(0, experts, CHUNK):
             some = slice(first, first + CHUNK)
-            stack[some] = part[some].dequantize(torch.bfloat16)
+            stack[some] = part[some].dequantize(dtype)
     return stacks
 
 
@@ -146,7 +150,7 @@ def _apart(side: str, logits: Tensor, folder: Path) -> str:
         return ""
     known = torch.load(file, weights_only=True)
     apart = float((logits - known["logits"]).norm() / known["logits"].norm())
-    return f"; logits {apart:.4f} from {known['side']}'s"
+    return f"; one token's logits {apart:.4f} from {known['side']}'s"
 
 
 def _nothing() -> None:

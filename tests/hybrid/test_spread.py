@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.hybrid.placing import ROADS
 from pipeline.quantize.tensor import AffineScheme
 
 HERE = Path(__file__).parent
@@ -56,8 +57,24 @@ def test_a_benchmarks_parts_are_every_expert_once():
     hybrid_model = importlib.import_module("hybrid_model")
     device, shares = torch.device("cpu"), {"resident": 0.3, "zero-copy": 0.4, "cpu": 0.3}
     block = hybrid_model.random_records(5, 64, 32, AffineScheme(4, 32, True))
-    split = hybrid_model._layer(block, 0, shares, device, pinned=False)
+    split = hybrid_model._layer(block, 0, shares, device, pinned=False, native=True)
     counts = [split.roads(device).tolist().count(road) for road in range(3)]
     assert counts == [2, 2, 1]
     assert [held.records.count for held in split.device_roads.values()] == counts[:2]
     assert split.host.experts.num_experts == counts[2]
+    for held in split.device_roads.values():
+        assert torch.equal(held.records.data, block.data[torch.tensor(held.experts)])
+    alone = hybrid_model._layer(block, 0, {"cpu": 1.0}, device, pinned=False, native=True)
+    left = split.roads(device).tolist().index(ROADS.index("cpu"))
+    call = torch.randn(6, 64).bfloat16(), torch.full((6, 1), left), torch.ones(6, 1)
+    assert torch.equal(split.host(*call), alone(*call))
+
+
+def test_a_benchmarks_random_weights_have_no_mean():
+    """Codes lie evenly around the zero, or all experts would have a part in common."""
+    hybrid_model = importlib.import_module("hybrid_model")
+    block = hybrid_model.random_records(40, 256, 128, AffineScheme(4, 32, True))
+    for quantized in block.unpack():
+        codes = quantized.arrays["codes"].float()
+        assert (codes.min(), codes.max()) == (1, 15)
+        assert abs(codes.mean() - 8) < 0.05
