@@ -14,6 +14,7 @@ from pipeline.errors import ResourceError, UserError
 from pipeline.hybrid.ledger import CONTEXT, COPIES, Ledger
 from pipeline.hybrid.placing import Table, by_policy, by_request
 from pipeline.hybrid.probe import probe
+from pipeline.quantize.launchers import keep_apart
 
 CHOSEN = ("auto", "fill")
 """Placements that depend on the machine."""
@@ -115,6 +116,7 @@ def kernels_fail(device: torch.device) -> str | None:
     UserError on a CPU, but for Triton's interpreter.
     """
     try:
+        keep_apart()
         kernels = importlib.import_module("pipeline.hybrid.kernels")
         if kernels.runs_on(device):
             kernels.self_test(device)

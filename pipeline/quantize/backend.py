@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from pipeline.errors import ResourceError
+from pipeline.quantize.launchers import keep_apart
 from pipeline.quantize.rehearsal import rehearsing
 
 Backend = Literal["torch", "triton"]
@@ -50,6 +51,7 @@ def solver_backend(device: torch.device) -> Backend:
 def _tested(index: int) -> Backend:
     device = torch.device("cuda", index)
     try:
+        keep_apart()
         modules = [importlib.import_module(f"pipeline.quantize.{name}") for name in KERNELS]
         with ThreadPoolExecutor(len(modules), thread_name_prefix="kernels") as pool:
             for tested in [pool.submit(_test, module, device) for module in modules]:

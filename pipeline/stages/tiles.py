@@ -7,6 +7,7 @@ order of the tiles: how many tiles are in flight, and how many workers there are
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,10 @@ from pipeline.stages.home import Home
 from pipeline.stages.placement import Placement
 from pipeline.stages.routing import Routed
 from pipeline.threads import use_inside
+
+SWITCH_INTERVAL = 3e-4
+"""Seconds after which a thread that launches one GPU's kernels lets another's go on, where that one
+waits.  With Python's own 5 ms GPUs wait for work: two took 1.35 s for a layer's tiles, so 1.26."""
 
 Pack = Callable[[QuantizedTensor], dict[str, Tensor]]
 
@@ -153,6 +158,9 @@ class TileCrew:
         # Results that wait are memory; on a CPU one more than workers keeps all of them busy.
         self._in_flight = count + 1 if devices[0].type == "cpu" else 2 * count
         self._readers: list[TileReader] = []
+        self._interval = sys.getswitchinterval()
+        if devices[0].type == "cuda" and count > 1:
+            sys.setswitchinterval(SWITCH_INTERVAL)
 
     def read(self, jobs: Callable[[], Iterator[TileJob]]) -> None:
         """Begin to read: `jobs()` gives all tiles to come, each worker takes its own."""
@@ -194,6 +202,7 @@ class TileCrew:
 
     def close(self) -> None:
         """Stop reading and solving."""
+        sys.setswitchinterval(self._interval)
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
         for reader in self._readers:
