@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.hybrid.fused_delta import Heads
-from pipeline.quantize.rehearsal import Launchable
 
 CHUNK = 64
 _PRECISION = "tf32x3"
@@ -32,7 +31,6 @@ _CHANNELS = 256
 _NORM_ROWS = 16
 
 
-@Launchable
 @triton.jit
 def _convolve_kernel(
     source, weight, out, length, shift, channels, keys, ratio, of_batch, of_token, of_channel,
@@ -94,7 +92,6 @@ def _inverse(strict, C: tl.constexpr, PRECISION: tl.constexpr):
     return some - tl.dot(far, some, input_precision=PRECISION)
 
 
-@Launchable
 @triton.jit
 def _chunk_kernel(
     mixed, decay, beta, query, key, read, value, within, kept, length, chunks, heads, ratio, keys,
@@ -153,7 +150,6 @@ def _chunk_kernel(
         tl.store(value + first[:, None] * V + at + piece[None, :], found)
 
 
-@Launchable
 @triton.jit
 def _scan_kernel(
     query, key, read, value, within, decay, state, out, chunks, C: tl.constexpr, K: tl.constexpr,
@@ -198,7 +194,6 @@ def _scan_kernel(
         tl.store(place + HALF * V, lower)
 
 
-@Launchable
 @triton.jit
 def _norm_kernel(
     core, gated, weight, out, length, padded, heads, ratio, eps, K: tl.constexpr, V: tl.constexpr,

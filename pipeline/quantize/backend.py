@@ -14,7 +14,6 @@ import torch
 
 from pipeline.errors import ResourceError
 from pipeline.quantize.launchers import keep_apart
-from pipeline.quantize.rehearsal import rehearsing
 
 Backend = Literal["torch", "triton"]
 
@@ -36,11 +35,8 @@ def solver_backend(device: torch.device) -> Backend:
     """The backend for tensors on `device`; part of what decides a result's bytes.
 
     Triton needs a C compiler at run time and a GPU generation it knows, so it counts as present
-    only after its kernels gave the right answer once on this device.  To work that
-    is rehearsed it is present.
+    only after its kernels gave the right answer once on this device.
     """
-    if rehearsing():
-        return "triton"
     if device.type != "cuda":
         return "torch"
     with _TESTING:

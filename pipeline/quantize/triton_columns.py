@@ -16,14 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.quantize.rehearsal import Launchable
 from pipeline.quantize.triton_kernels import round_half_even
 
 _AT_ONCE = 8
 _TILE = 64
 
 
-@Launchable
 @triton.jit
 def _take_kernel(
     stored, place, slabs, rows, columns, experts, of_expert, of_row, ROWS: tl.constexpr,
@@ -43,7 +41,6 @@ def _take_kernel(
         tl.store(slab, tl.load(there, mask=inside), mask=inside)
 
 
-@Launchable
 @triton.jit
 def _residual_kernel(
     dense, codes, scales, zeros, pick, error, rows, ROWS: tl.constexpr
@@ -62,7 +59,6 @@ def _residual_kernel(
     tl.store(error + place, found, mask=inside)
 
 
-@Launchable
 @triton.jit
 def _round_kernel(
     weight, error, target, triangle, scales, zeros, pick, codes, size, rows, experts, stride,

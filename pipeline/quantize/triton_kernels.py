@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.quantize.rehearsal import Launchable
 from pipeline.quantize.sent import sent
 
 _GRID_ELEMENTS = 2048
@@ -35,7 +34,6 @@ def round_half_even(x):
     return (x + 12582912.0) - 12582912.0
 
 
-@Launchable
 @triton.jit
 def _fit_kernel(
     values,
@@ -112,7 +110,6 @@ def _fit_kernel(
     tl.store(zeros + target, best_zero.to(tl.uint8), mask=row < rows)
 
 
-@Launchable
 @triton.jit
 def _moment_kernel(
     left,

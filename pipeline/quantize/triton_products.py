@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.quantize.rehearsal import Launchable
-
 _LINES = 128
 _COLUMNS = 64
 _STEP = 32
@@ -43,7 +41,6 @@ def _sum(
     return total
 
 
-@Launchable
 @triton.jit
 def _product_kernel(
     out, base, a, b, lines, columns, terms, alpha, out_expert, out_line, out_column, base_expert,
@@ -68,7 +65,6 @@ def _product_kernel(
     tl.store(place, total, mask=inside)
 
 
-@Launchable
 @triton.jit
 def _energy_kernel(
     rows, hessian, out, lines, columns, of_expert, of_line, LINES: tl.constexpr,

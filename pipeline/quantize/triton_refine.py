@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.quantize.rehearsal import Launchable
-
 WIDTHS = (16, 32, 64, 128)
 """Columns of a group that the kernel can do."""
 
@@ -22,7 +20,6 @@ _WARPS = 8
 _STAGES = 1
 
 
-@Launchable
 @triton.jit
 def _normal_kernel(
     codes,

@@ -15,12 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.quantize.rehearsal import Launchable
-
 _BLOCK = 2048
 
 
-@Launchable
 @triton.jit
 def _add_pairs_kernel(total, values, weights, pairs, starts, first, columns, BLOCK: tl.constexpr):
     """One token's pairs, one after the other."""
@@ -40,7 +37,6 @@ def _add_pairs_kernel(total, values, weights, pairs, starts, first, columns, BLO
     tl.store(place, found, mask=inside)
 
 
-@Launchable
 @triton.jit
 def _add_rows_kernel(total, rows, values, columns, BLOCK: tl.constexpr):
     """One row of `values`."""

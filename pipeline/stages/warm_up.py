@@ -3,8 +3,7 @@
 Triton compiles a kernel when it is first launched, and CUDA's libraries set themselves up in a
 first call.  So the solver is run on random matrices of the model's own widths as soon as its
 config.json is read, and one layer of each kind goes through a forward pass once the source is open:
-the layers to come find what they need.  Each is rehearsed first, so that all kernels are compiled
-side by side, while Triton is tested.  Nothing of it reaches the result, and a run does without it
+the layers to come find what they need.  Nothing of it reaches the result, and a run does without it
 where it fails.
 """
 
@@ -14,8 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import Self
@@ -32,7 +29,6 @@ from pipeline.quantize.backend import solver_backend
 from pipeline.quantize.correction import corrected, routed_drift
 from pipeline.quantize.hessian import effective_rank, routed_hessians, shrink
 from pipeline.quantize.methods import QUANTIZERS
-from pipeline.quantize.rehearsal import Rehearsal, rehearsing
 from pipeline.quantize.routed import add_rows, grouped_product, token_sums
 from pipeline.quantize.rows import row_order
 from pipeline.quantize.tensor import AffineScheme
@@ -57,8 +53,8 @@ TOKENS = 129
 CHUNK = 64 * 16
 """Pairs whose outputs are added together."""
 
-THREADS = 5
-"""Warm-ups at once: the solver's three, a forward pass, and Triton's test."""
+THREADS = 4
+"""Warm-ups at once."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,6 @@ class WarmUp:
         self._stop = Event()
         self._begun: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="warm-up")
-        self._rehearsal = Rehearsal()
         self._wanted = wanted and torch.cuda.is_available()
         self._first: Future[None] | None = None
         if self._wanted:
@@ -148,7 +143,6 @@ class WarmUp:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._rehearsal.close()
         self._pool.shutdown(cancel_futures=True)
 
     def opened(self, context: Context) -> None:
@@ -156,7 +150,7 @@ class WarmUp:
         if self._wanted:
             kinds = context.geometry.layer_kinds
             first = sorted({kind: kinds.index(kind) for kind in kinds}.values())
-            self._submit(lambda: _forward(context, first, self._rehearsal, self._stop))
+            self._submit(lambda: _forward(context, first, self._stop))
 
     def wait(self) -> None:
         """Until all is done; to be called before the first layer."""
@@ -168,7 +162,6 @@ class WarmUp:
         reason = next(filter(None, reasons), None)
         if reason is not None:  # the layers will say themselves what is wrong, if it matters
             self._announce(f"kernels could not be compiled ahead ({reason}); going on without")
-        self._rehearsal.close()
         self._pool.shutdown()  # the threads' handles of CUDA's libraries serve others then
         self._first, self._begun = None, []  # an error holds on to what was on the device
         torch.cuda.empty_cache()
@@ -189,32 +182,12 @@ class WarmUp:
         config = read_json(path, "config.json")
         architecture = architecture_of(config, str(path))
         geometry = geometry_of(architecture, config, str(path))
+        solver_backend(device)
         problem = Problem(self._recipe, architecture, geometry, device)
         inner, hidden = geometry.inner, geometry.hidden
-        for part in (
-            partial(problem.solve, 2 * inner, hidden, last=False),
-            partial(problem.solve, hidden, inner, last=True),
-            problem.outputs,
-        ):
-            self._submit(partial(self._rehearsed, part))
-        solver_backend(device)
-
-    def _rehearsed(self, part: Callable[[], None]) -> None:
-        try:
-            _rehearse(self._rehearsal, part)
-        finally:  # the part itself does not depend on it
-            self._rehearsal.wait()
-            if not self._stop.is_set():
-                part()
-
-
-def _rehearse(rehearsal: Rehearsal, part: Callable[[], None]) -> bool:
-    """Begin to compile a part's kernels; whether it may have any."""
-    if find_spec("triton") is None:
-        return False
-    with rehearsal.going_through():
-        part()
-    return True
+        self._submit(lambda: problem.solve(2 * inner, hidden, last=False))
+        self._submit(lambda: problem.solve(hidden, inner, last=True))
+        self._submit(problem.outputs)
 
 
 def _reason(begun: Future[None]) -> str | None:
@@ -235,7 +208,7 @@ def output_exists(recipe: Recipe) -> bool:
         return True
 
 
-def _forward(context: Context, layers: list[int], rehearsal: Rehearsal, stop: Event) -> None:
+def _forward(context: Context, layers: list[int], stop: Event) -> None:
     """A tile decoded, and some layers' dense parts on a batch of zeros, as a run does both."""
     # Begun in float32, which no other thread notices (`skeleton.build_skeleton`).
     home = Home(context.device, beside=place(context).beside)
@@ -246,31 +219,21 @@ def _forward(context: Context, layers: list[int], rehearsal: Rehearsal, stop: Ev
     recipe = context.recipe
     lengths = {recipe.calibration.sequence_length, recipe.validate_.window}
     g = context.geometry
-    dense = {layer: stream.load_dense(layer) for layer in layers}
-
-    def passes() -> None:
+    first = range(min(context.tile_experts, g.experts))
+    tile = TileSource(
+        context.checkpoint, context.architecture, g.moe_layers[0], first, context.device
+    )
+    decode_tile(tile)
+    with ExitStack() as after:
+        after.callback(stream.rest)
         for layer in layers:
             if stop.is_set():
                 return
-            module = stream.build_layer(layer, dense[layer])
+            module = stream.build_layer(layer, stream.load_dense(layer))
             for length in sorted(lengths):
                 sequences = max(1, TOKENS_PER_BATCH // length)
                 shape = (sequences, length, g.hidden)
                 hidden = home.empty(shape, COMPUTE_DTYPE).zero_()
-                # A graph of a rehearsal would be made for nothing.
-                recorded = stream.record(module, hidden, hooked=rehearsing())
+                recorded = stream.record(module, hidden, hooked=False)
                 if recorded.inputs is not None:
                     sort_by_expert(recorded, g.experts)
-
-    with ExitStack() as after:
-        after.callback(stream.rest)
-        rehearsed = _rehearse(rehearsal, passes)
-        first = range(min(context.tile_experts, g.experts))
-        tile = TileSource(
-            context.checkpoint, context.architecture, g.moe_layers[0], first, context.device
-        )
-        decode_tile(tile)
-        rehearsal.wait()
-        # A rehearsal makes modules ready for kernels, whatever Triton's test finds meanwhile.
-        if not rehearsed or solver_backend(context.device) == "triton":
-            passes()

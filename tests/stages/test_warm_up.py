@@ -10,7 +10,6 @@ import torch
 
 from pipeline import run as run_module
 from pipeline.models import ARCHITECTURES
-from pipeline.quantize.rehearsal import Rehearsal
 from pipeline.stages import warm_up
 from pipeline.stages.order import StageEntry
 from pipeline.stages.stream import LayerStream
@@ -57,7 +56,6 @@ def test_what_fails_later_is_not_kept_either(project, monkeypatch, one_thread):
     """Nor is it left to a search for garbage, which does not find what was set aside meanwhile."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(warm_up, "solver_backend", lambda _device: "torch")
-    monkeypatch.setattr(warm_up, "find_spec", lambda _name: object())
     held: list[weakref.ref[torch.Tensor]] = []
 
     def broken(*_arguments, **_named):
@@ -72,7 +70,7 @@ def test_what_fails_later_is_not_kept_either(project, monkeypatch, one_thread):
     try:
         with WarmUp(project.recipe, said.append, wanted=True) as warm:
             warm.wait()
-            assert [ref() for ref in held] == [None] * 6  # each is rehearsed first
+            assert [ref() for ref in held] == [None] * 3
     finally:
         gc.enable()
     assert said == ["kernels could not be compiled ahead (no room); going on without"]
@@ -107,22 +105,5 @@ def test_layers_go_through_a_forward_pass(project, cpu_only, one_thread, monkeyp
 
     context = project.run(until="dequantize")
     monkeypatch.setattr(LayerStream, "build_layer", noted)
-    monkeypatch.setattr(warm_up, "find_spec", lambda _name: None)
-    warm_up._forward(context, [0, 1], Rehearsal(), Event())
+    warm_up._forward(context, [0, 1], Event())
     assert seen == [0, 1]
-
-
-def test_a_forward_passes_kernels_are_met_first(project, cpu_only, one_thread, monkeypatch):
-    """And modules that were made ready for kernels do not run where Triton turns out not to."""
-    pytest.importorskip("triton")
-    met: list[str] = []
-
-    def noted(_self, kernel, *_arguments, **_constants):
-        met.append(kernel.__name__)
-
-    context = project.run(until="dequantize")
-    monkeypatch.setattr(Rehearsal, "meet", noted)
-    warm_up._forward(context, [0, 1], Rehearsal(), Event())
-    lengths = {project.recipe.calibration.sequence_length, project.recipe.validate_.window}
-    each = ["_convolve_kernel", "_chunk_kernel", "_scan_kernel", "_norm_kernel"]
-    assert met == each * len(lengths)
