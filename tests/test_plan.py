@@ -188,6 +188,9 @@ def test_gpu_memory_hardly_depends_on_the_number_of_experts(large, method):
         tight = dataclasses.replace(context, recipe=recipe.model_copy(update={"limits": small}))
         assert tight.tile_experts == each
         assert place(tight).beside
+        several = dataclasses.replace(context, others=(torch.device("cuda", 1),))
+        assert not place(several).beside
+        assert place(several).device_bytes > found.device_bytes
     assert max(needs.values()) < 24 * GIB
     # Tiles that are decoded ahead are smaller, too.
     assert max(needs.values()) < 1.2 * min(needs.values())

@@ -57,8 +57,9 @@ def place(context: Context) -> Placement:
     limit = int(context.recipe.limits.device_memory)
     streams, tile = stream_bytes(context), tile_bytes(context)
     decoded = _decoded_bytes(context)
-    # Of several GPUs' tiles the outputs wait for their turn.
-    waiting = 3 * _output_bytes(context) if len(context.solvers) > 1 else 0
+    # Of several GPUs' tiles the outputs wait for their turn: of two tiles each, and three streams,
+    # one of them short; a tile reaches half of the tokens that are reckoned with here.
+    waiting = 2 * _output_bytes(context) if len(context.solvers) > 1 else 0
     work = max(tile + waiting + decoded, _weighing_bytes(context))
     # A graph of the forward pass keeps its memory through the layer's tiles.
     inside = streams + _forward_bytes(context) + work
