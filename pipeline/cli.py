@@ -1,6 +1,7 @@
 """The command line: its entry point, and how errors end it.
 
-Exit codes: 0 done, 1 the result misses its thresholds or is damaged, 2 the user's mistake.
+Exit codes: 0 done, 1 the result misses its thresholds or is damaged, 2 the user's mistake, 130
+stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations

@@ -44,15 +44,16 @@ class Pace:
     """What the solver takes for a column of a tile, however few experts the tile has."""
 
 
-PACES = {"cuda": Pace(1.0, 1 / 3, 1e-5), "cpu": Pace(1 / 3, 1 / 3, 0.0)}
+PACES = {"cuda": Pace(1.0, 1 / 3, 5e-6), "cpu": Pace(1 / 3, 1 / 3, 0.0)}
 """By kind of device.
 
 On an H200 (51 TFLOP/s in float32, 690 in bfloat16; 2026-11-26, commit c68d6b1, 128 x 2048 tokens)
 a layer of 512 experts took 2.69 to 2.84 s, of 128 2.11, of 64 2.05.  So the 3.5e13 operations that
 512 experts take more than 64 go at the float32 rate itself: products over tensor cores are faster,
 which makes up for all else.  Of the 1.95 s that do not depend on the experts 0.7 are the 1.6e14
-bfloat16 operations, by a layer of half the tokens, and the rest goes to 16 tiles of 2,560 columns,
-three times over: they follow each other, whatever the number of experts.  On a CPU such steps are
+bfloat16 operations, by a layer of half the tokens, and the rest goes to 16 tiles of 5,120 columns,
+those of down once for each of six blocks of rows, three times over: they follow each other,
+whatever the number of experts.  On a CPU such steps are
 no time to speak of, and its part is that of the demo on two cores."""
 
 

@@ -39,10 +39,10 @@ def test_the_slowest_of_a_job_counts():
 
 
 def test_columns_take_their_time_on_a_gpu():
-    few, many = (_job(flops=flops, steps=100_000) for flops in (5e12, 4e13))
+    few, many = (_job(flops=flops, steps=200_000) for flops in (5e12, 4e13))
     assert _plan().job_seconds(few) == pytest.approx(1.1 + JOB_SECONDS)
     assert _plan().job_seconds(many) == pytest.approx(1.8 + JOB_SECONDS)
-    assert _plan("cpu").job_seconds(_job(steps=100_000)) == JOB_SECONDS
+    assert _plan("cpu").job_seconds(_job(steps=200_000)) == JOB_SECONDS
 
 
 def test_saving_is_more_to_write():

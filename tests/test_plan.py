@@ -85,7 +85,7 @@ def test_the_80b_recipe_is_planned_in_seconds(headers, cli, roomy):
     assert made["seconds"] == pytest.approx(sum(job["seconds"] for job in made["jobs"]))
     assert made["read_rate"] == DISK_BYTES_PER_SECOND  # headers alone say nothing
     assert {job["steps"] for job in layers} == {
-        64 * (2048 + 512) * 3
+        64 * (2048 + 6 * 512) * 3
     }  # tiles of 8 experts, on a CPU
 
 

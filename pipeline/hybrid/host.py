@@ -18,7 +18,7 @@ from torch import Tensor
 _PAGE = 4096
 _LARGE = 1 << 21
 _MAPPED = 3
-"""cudaHostRegisterPortable and cudaHostRegisterMapped: kernels of any device may read it."""
+"""cudaHostRegisterPortable and cudaHostRegisterMapped: kernels of any device may use it."""
 _STAGED = 64 << 20
 """Bytes that a thread's staging memory holds at most."""
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}

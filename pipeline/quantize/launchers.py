@@ -9,7 +9,8 @@ is launched with another's arguments: an error at best.  Seen with triton 3.6 on
 
 from __future__ import annotations
 
-import importlib
+import warnings
+from importlib import import_module
 from threading import Lock
 from types import ModuleType
 from typing import Any
@@ -20,9 +21,12 @@ _LOADER = "_load_module_from_path"
 
 def keep_apart() -> None:
     """From now on every launcher that Triton loads has a module of its own."""
-    build: Any = importlib.import_module("triton.runtime.build")
+    build: Any = import_module("triton.runtime.build")
     load = getattr(build, _LOADER, None)
-    if load is None or hasattr(load, "shared"):
+    if load is None:
+        warnings.warn("this Triton's launchers cannot be kept apart", stacklevel=2)
+        return
+    if hasattr(load, "shared"):
         return
 
     def load_apart(name: str, path: str) -> ModuleType:

@@ -37,11 +37,8 @@ from pipeline.stages.home import Home
 from pipeline.stages.routing import Routed, rows_of
 from pipeline.stages.stream import COMPUTE_DTYPE
 
-MOVED_ROWS = 1 << 16
-"""Rows of outputs that move to another device together."""
-
 CHUNK_PAIRS = 1 << 16
-"""Pairs whose outputs are computed together.  Fixed, as the tile is."""
+"""Pairs whose outputs are computed, or move, together.  Fixed, as the tile is."""
 
 DOWN_SAMPLE_TOKENS = 2048
 """Tokens of the layer that an under-covered expert's own gate and up turn into down inputs.  For
@@ -142,7 +139,7 @@ class TileOutput:
 
         Tiles are to be added in their order: the sum has one order then, whoever computed them.
         """
-        parts = zip(self.rows.split(MOVED_ROWS), self.values.split(MOVED_ROWS), strict=True)
+        parts = zip(self.rows.split(CHUNK_PAIRS), self.values.split(CHUNK_PAIRS), strict=True)
         for rows, values in parts:
             add_rows(total, rows.to(total.device), values.to(total.device))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -52,6 +53,13 @@ class Home:
         if not self.beside:
             return tensor.to(device)
         return seen_from(tensor, device).view(tensor.dtype).view(tensor.shape)
+
+    def settle(self, devices: Sequence[torch.device]) -> None:
+        """Wait for devices that may be at work on memory that is about to be given back."""
+        if self.beside and self.device.type == "cuda":
+            with suppress(RuntimeError):  # a GPU that is gone works on nothing
+                for device in devices:
+                    torch.cuda.synchronize(device)
 
     def _pinned(self, nbytes: int) -> Tensor:
         try:

@@ -57,9 +57,9 @@ def place(context: Context) -> Placement:
     limit = int(context.recipe.limits.device_memory)
     streams, tile = stream_bytes(context), tile_bytes(context)
     decoded = _decoded_bytes(context)
-    # Of several GPUs' tiles the outputs wait for their turn: of two tiles each, and three streams,
-    # one of them short; a tile reaches half of the tokens that are reckoned with here.
-    waiting = 2 * _output_bytes(context) if len(context.solvers) > 1 else 0
+    # Of several GPUs' tiles the outputs wait for their turn, of a second one's too while it is
+    # being solved; a tile reaches half of the tokens that are reckoned with here.
+    waiting = _outputs_bytes(context) if len(context.solvers) > 1 else 0
     work = max(tile + waiting + decoded, _weighing_bytes(context))
     # A graph of the forward pass keeps its memory through the layer's tiles.
     inside = streams + _forward_bytes(context) + work
@@ -92,6 +92,8 @@ def smallest(context: Context) -> Placement:
         # A pass whose modules are watched has its output written elsewhere.
         watched = 2 * context.geometry.hidden * _calibration_tokens(context)
         need = streams + watched + _saved_bytes(context) + decoded // 3
+        if len(context.solvers) > 1:
+            need += len(context.solvers) * _outputs_bytes(context)
         behind = _fitting(limit - need, decoded // 3, BEHIND)
         return Placement(
             beside=True,
@@ -209,6 +211,13 @@ def _output_bytes(context: Context) -> int:
     """Sums of a tile's outputs for the calibration text, the longest stream, float32."""
     tokens = max(_calibration_tokens(context), _evaluation_tokens(context))
     return 4 * min(_tile_pairs(context), tokens) * context.geometry.hidden
+
+
+def _outputs_bytes(context: Context) -> int:
+    """The same of every stream's text together."""
+    share = _tile_pairs(context) / _calibration_tokens(context)
+    width = 4 * context.geometry.hidden
+    return sum(width * int(min(share, 1) * tokens) for tokens in _tokens_of_streams(context))
 
 
 def _weighing_bytes(context: Context) -> int:

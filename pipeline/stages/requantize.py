@@ -32,7 +32,6 @@ from pipeline.evaluate.windows import Windows
 from pipeline.models.architecture import ModuleGroup
 from pipeline.quantize.hessian import add_moment, rounded_out
 from pipeline.quantize.methods import QUANTIZERS
-from pipeline.quantize.rows import RowOrder, row_order
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
 from pipeline.stages.experts import DOWN_SAMPLE_TOKENS, LayerStatistics, TileJob
@@ -122,6 +121,7 @@ class Requantize:
         finally:
             self._crew.close()
             self._beside.shutdown()
+            self._home.settle(self._context.solvers)  # if stopped, they work on the streams still
             self._streams = self._snapshot = self._sensitivity = None
 
     def _enter(self, layer: int) -> Streams:
@@ -311,7 +311,7 @@ class Requantize:
         device = self._context.device
         common = torch.zeros(routed.inputs.shape[1], routed.inputs.shape[1], device=device)
         for part in routed.inputs.split(8192):
-            add_moment(common, part.to(device))
+            add_moment(common, part)
         generator = torch.Generator().manual_seed(
             self._context.recipe.calibration.seed * 1_000_003 + layer
         )
@@ -320,19 +320,10 @@ class Requantize:
             common=rounded_out(common / tokens, tokens),
             sample=rows_of(routed.inputs, chosen.to(device)),
             target=None if target is None else target.inputs,
-            outputs=self._outputs_behind(layer),
+            outputs=self._sensitivity.result().rows(layer) if self._sensitivity else None,
             scale=folded.experts,
             folds_down=folded.down,
         )
-
-    def _outputs_behind(self, layer: int) -> RowOrder | None:
-        """How the layer's outputs are weighed, if they are."""
-        if self._sensitivity is None:
-            return None
-        try:
-            return row_order(self._sensitivity.result().after(layer))
-        except NumericalError as error:
-            raise NumericalError(f"layer {layer}, down: {error}") from None
 
     def _jobs_from(self, layer: int) -> Iterator[TileJob]:
         """All tiles from a layer on."""

@@ -19,6 +19,7 @@ from pipeline.errors import NumericalError
 from pipeline.models import Architecture
 from pipeline.models.skeleton import geometry_of
 from pipeline.quantize.precision import full_float32
+from pipeline.quantize.rows import RowOrder, row_order
 
 ROUTER_SHARE = 0.5
 """Weight of a layer's router, relative to its token mixer."""
@@ -69,6 +70,13 @@ class Sensitivity:
                 _require_finite(gram, f"layer {layer}", name)
             total += _unit(gram) * (ROUTER_SHARE if routes else 1)
         return total
+
+    def rows(self, layer: int) -> RowOrder:
+        """The order in which rows of the layer's down projections are solved for it."""
+        try:
+            return row_order(self.after(layer))
+        except NumericalError as error:
+            raise NumericalError(f"layer {layer}, down: {error}") from None
 
     def _head(self) -> Tensor:
         a = self._architecture

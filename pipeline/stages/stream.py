@@ -159,7 +159,7 @@ class LayerStream:
         call = self._call_of(module, recorder, hidden.shape[1])
         with torch.inference_mode():
             for start in range(0, len(hidden), batch):
-                part = hidden[start : start + batch].to(self.device)
+                part = hidden[start : start + batch]
                 if replays and len(part) == batch:
                     output, *noted = self._graphs.run(module, call, part)
                 else:
@@ -212,7 +212,7 @@ class LayerStream:
         batch = max(1, TOKENS_PER_BATCH // hidden.shape[1] // 4)
         with torch.inference_mode():
             for start in range(0, len(hidden), batch):
-                part = norm(hidden[start : start + batch].to(self.device))
+                part = norm(hidden[start : start + batch])
                 yield start, nn.functional.linear(part, head).float()
 
     def _recorder(self, module: nn.Module) -> _Recorder | None:

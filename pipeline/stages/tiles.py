@@ -156,7 +156,11 @@ class TileCrew:
         alone = count == 1 and self._threads in (None, torch.get_num_threads())
         self._pools = [] if alone else [_pool(f"solver-{i}", self._threads) for i in range(count)]
         # Results that wait are memory; on a CPU one more than workers keeps all of them busy.
-        self._in_flight = count + 1 if devices[0].type == "cpu" else 2 * count
+        self._in_flight = 2 * count
+        if devices[0].type == "cpu":
+            self._in_flight = count + 1
+        elif home.beside:  # where there is least of it
+            self._in_flight = count
         self._readers: list[TileReader] = []
         self._interval = sys.getswitchinterval()
         if devices[0].type == "cuda" and count > 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.checkpoint.split import experts_file
 from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.rows import ROW_BLOCKS
 from pipeline.quantize.scaling import EXPONENTS, SEARCH_ROWS
 from pipeline.quantize.tensor import AffineScheme
 from pipeline.stages.context import Context, Job
@@ -201,4 +202,6 @@ def _steps(context: Context) -> int:
     if not QUANTIZERS[recipe.method].needs_hessian:
         return 0
     solved = len(tiles(g.experts, context.tile_experts))
-    return solved * (g.hidden + g.inner) * (1 + recipe.refinement_passes)
+    weighs = recipe.output_weighting and QUANTIZERS[recipe.method].weighs_outputs
+    columns = g.hidden + g.inner * (ROW_BLOCKS if weighs else 1)  # down is solved by blocks of rows
+    return solved * columns * (1 + recipe.refinement_passes)

@@ -4,7 +4,9 @@ from problems import fresh
 
 import pipeline.quantize.grid as grid_module
 from pipeline.errors import NumericalError
-from pipeline.quantize.grid import SMALLEST_SCALE, encode, fit_grid, refuse_unusable
+from pipeline.quantize.grid import SMALLEST_SCALE, encode, fit_grid
+from pipeline.quantize.methods import QUANTIZERS
+from pipeline.quantize.options import SolverOptions
 from pipeline.quantize.tensor import AffineScheme, QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,12 +135,14 @@ def test_turned_groups_lose_less(group, most):
     assert lost[0] < most * lost[1]
 
 
+@pytest.mark.parametrize("method", list(QUANTIZERS))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e6])
-def test_unusable_weights_are_named(bad):
+def test_unusable_weights_are_named(bad, method):
     weight = torch.randn((4, 8, 64), generator=fresh())
     weight[2, 3, 4] = bad
+    scheme = AffineScheme(4, 32, symmetric=True)
     with pytest.raises(NumericalError, match="matrix 2 "):
-        refuse_unusable(fit_grid(weight, AffineScheme(4, 32, symmetric=True), search=True).scales)
+        QUANTIZERS[method].quantize(weight, torch.eye(64).repeat(4, 1, 1), scheme, SolverOptions())
 
 
 def test_slabs_do_not_change_the_result(monkeypatch):

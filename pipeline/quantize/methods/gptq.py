@@ -42,7 +42,9 @@ class Gptq:
         matrices, moments = as_batch(weight, hessian)
         if moments is None:
             raise ValueError("gptq needs a Hessian")
-        experts, _, columns = matrices.shape
+        experts, rows, columns = matrices.shape
+        if outputs is not None and len(outputs.order) != rows:
+            raise ValueError(f"outputs are of {len(outputs.order)} rows, matrices have {rows}")
         moment = moments.diagonal(dim1=1, dim2=2)
         if options.activation_order:
             order = moment.argsort(dim=-1, descending=True, stable=True)
