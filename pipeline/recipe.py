@@ -7,6 +7,7 @@ A recipe is a small YAML file (see recipes/).  Every key has a default but `sour
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -27,6 +28,9 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import RecipeError
 from pipeline.plain_yaml import parse_yaml, read_yaml
+
+OVERRIDDEN = "# with --set "
+"""Begins the line of comment that `load_recipe` puts before a text that does not say all."""
 
 MESSAGES = {
     "byte_size": "give a size such as 10GiB",
@@ -228,7 +232,8 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
-    """Read a recipe and apply `a.b=c` overrides; returns it with its text as written.
+    """Read a recipe and apply `a.b=c` overrides; returns it with its text as written, below a line
+    of comment that names those overrides which change more than where the output goes.
 
     Raises RecipeError, in one line, for what cannot be read, parsed or understood.
     """
@@ -236,7 +241,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no recipe: the top level must be a mapping of sections")
     overridden = [_apply(data, override) for override in overrides]
-    return parse_recipe(data, str(path), overridden), text
+    recipe = parse_recipe(data, str(path), overridden)
+    told = [shlex.quote(o) for o in overrides if not o.startswith("output.")]
+    if told:
+        text = f"{OVERRIDDEN}{' --set '.join(told)}".replace("\n", " ") + f"\n{text}"
+    return recipe, text
 
 
 def parse_recipe(

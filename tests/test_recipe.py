@@ -46,7 +46,7 @@ def test_resolved_is_a_recipe_that_says_the_same(tmp_path):
 def test_the_text_is_kept_as_written(tmp_path):
     text = "# a remark\nsource: {model: m}\noutput:\n  path: o   # here\n"
     recipe, kept = _load(tmp_path, "requantize.bits=8", text=text)
-    assert kept == text and recipe.requantize.bits == 8
+    assert kept == f"# with --set requantize.bits=8\n{text}" and recipe.requantize.bits == 8
 
 
 @pytest.mark.parametrize(
@@ -187,3 +187,16 @@ def test_sources_that_are_none(source, said):
     with pytest.raises(RecipeError) as error:
         _with("calibration", sources=[source])
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_kept_text_names_what_was_overridden(tmp_path):
+    text = "source: {model: m}\noutput: {path: o}\n"
+    assert _load(tmp_path, "output.path=/tmp/x")[1] == text
+    recipe, kept = _load(
+        tmp_path, "calibration.seed=7", "output.path=/tmp/x", "validate.text='a\n b'"
+    )
+    first, _, rest = kept.partition("\n")
+    assert first.startswith("# with --set calibration.seed=7 --set 'validate.text=")
+    assert "output" not in first
+    assert rest == text
+    assert recipe.calibration.seed == 7

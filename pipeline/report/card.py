@@ -25,6 +25,7 @@ from pipeline.checkpoint.writer import write_bytes
 from pipeline.errors import CheckpointError
 from pipeline.hub.cache import refuse_hub_cache
 from pipeline.plain_yaml import parse_yaml
+from pipeline.recipe import OVERRIDDEN
 from pipeline.report.build import existing_report
 
 CARD_FILE = "README.md"
@@ -67,6 +68,7 @@ def make_card(model: Path, wishes: Wishes = Wishes()) -> str:
     settings = config.get("quantization_config") or {}
     name = wishes.repo or model.name
     state = validation_state(model)
+    recipe = _fenced(model / "recipe.yaml")
     environment = jinja2.Environment(
         autoescape=False,  # Markdown, not HTML; `plain` and `code` below escape for it
         undefined=jinja2.StrictUndefined,
@@ -90,7 +92,8 @@ def make_card(model: Path, wishes: Wishes = Wishes()) -> str:
         text=(report or {}).get("text", {}).get("text", "unknown"),
         results=_results(report),
         calibration=_calibration(conversion, resolved),
-        recipe=_fenced(model / "recipe.yaml"),
+        recipe=recipe,
+        overridden=recipe is not None and OVERRIDDEN in recipe,
     )
     card = ModelCard(f"---\n{_metadata(name, wishes, source, config, settings, report)}\n---\n")
     card.text = text

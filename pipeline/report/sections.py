@@ -299,7 +299,10 @@ def recipe(record: Record) -> Section | None:
     """The recipe, untouched."""
     if not record.recipes:
         return None
-    lead = "As it was written, and with every default filled in; requant run takes either."
+    lead = (
+        "As it was written (what --set changed is said in the first line), and as it was"
+        " understood, with every default filled in; requant run takes the latter as it is."
+    )
     return Section("recipe", "Recipe", lead, folded=list(record.recipes.items()))
 
 
