@@ -53,8 +53,8 @@ a layer of 512 experts took 2.69 to 2.84 s, of 128 2.11, of 64 2.05.  So the 3.5
 which makes up for all else.  Of the 1.95 s that do not depend on the experts 0.7 are the 1.6e14
 bfloat16 operations, by a layer of half the tokens, and the rest goes to 16 tiles of 5,120 columns,
 those of down once for each of six blocks of rows, three times over: they follow each other,
-whatever the number of experts.  On a CPU such steps are
-no time to speak of, and its part is that of the demo on two cores."""
+whatever the number of experts.  On a CPU such steps are no time to speak of, and its part is that
+of the demo on two cores."""
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

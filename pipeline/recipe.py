@@ -244,7 +244,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]
     recipe = parse_recipe(data, str(path), overridden)
     told = [shlex.quote(o) for o in overrides if not o.startswith("output.")]
     if told:
-        text = f"{OVERRIDDEN}{' --set '.join(told)}".replace("\n", " ") + f"\n{text}"
+        line = " ".join(f"{OVERRIDDEN}{' --set '.join(told)}".split())  # whatever ends a line
+        text = f"{line}\n{text}"
     return recipe, text
 
 

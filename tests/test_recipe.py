@@ -193,10 +193,11 @@ def test_the_kept_text_names_what_was_overridden(tmp_path):
     text = "source: {model: m}\noutput: {path: o}\n"
     assert _load(tmp_path, "output.path=/tmp/x")[1] == text
     recipe, kept = _load(
-        tmp_path, "calibration.seed=7", "output.path=/tmp/x", "validate.text='a\n b'"
+        tmp_path, "calibration.seed=7", "output.path=/tmp/x", "validate.text='a\r\u2028 b'"
     )
     first, _, rest = kept.partition("\n")
     assert first.startswith("# with --set calibration.seed=7 --set 'validate.text=")
     assert "output" not in first
+    assert len(kept.splitlines()) == 3  # whatever the value holds
     assert rest == text
     assert recipe.calibration.seed == 7

@@ -35,7 +35,8 @@ from pipeline.threads import use_inside
 
 SWITCH_INTERVAL = 3e-4
 """Seconds after which a thread that launches one GPU's kernels lets another's go on, where that one
-waits.  With Python's own 5 ms GPUs wait for work: two took 1.35 s for a layer's tiles, so 1.26."""
+waits.  With Python's own 5 ms GPUs wait for work: two H200 took 1.35 s for a layer's tiles, so 1.26
+(2026-11-26, docs/performance.md)."""
 
 Pack = Callable[[QuantizedTensor], dict[str, Tensor]]
 

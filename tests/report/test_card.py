@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from support.hub.store import card_errors
 
 from pipeline.checkpoint.seal import is_sealed, with_digest
+from pipeline.recipe import OVERRIDDEN
 from pipeline.report.card import Wishes, make_card, plain, write_card
 
 EVIL = "x|<script>alert(1)</script> ```\n---\n# Heading [a](http://b) {{ 7 * 7 }} `c` *d*"
@@ -55,6 +56,16 @@ def test_a_table_ends_where_it_should(model):
     lines = make_card(model).split("\n")
     for line, after in pairwise(lines):
         assert after == "" or after.startswith("|") or not line.startswith("|")
+
+
+def test_a_recipe_that_does_not_say_all(model):
+    plain_words = "makes the same weights from it.\n"
+    assert plain_words in make_card(model)
+    path = model / "recipe.yaml"
+    path.write_text(f"{OVERRIDDEN}calibration.seed=7\n{path.read_text()}")
+    text = make_card(model)
+    assert plain_words not in text
+    assert "given the options in its first\nline." in text
 
 
 def test_hostile_files(model):
