@@ -59,8 +59,9 @@ def _send_kernel(
     number = tl.load(counter) + 1
     lane = tl.arange(0, EACH)
     used = lane < each
-    to_index = (sent + index_at).to(tl.pointer_type(tl.int64))
-    to_weights = (sent + weights_at).to(tl.pointer_type(tl.float32))
+    room = sent.to(tl.int64)  # Triton's interpreter takes an address for 32 bits where those do
+    to_index = (room + index_at).to(tl.pointer_type(tl.int64))
+    to_weights = (room + weights_at).to(tl.pointer_type(tl.float32))
     for token in range(tokens):
         pair = token * each + lane
         expert = tl.load(index + pair, mask=used, other=0)
@@ -76,7 +77,7 @@ def _send_kernel(
         tl.store(to_index + pair, tl.where(cpu, expert, experts), mask=used)
         weight = tl.load(weights + pair, mask=used, other=0.0).to(tl.float32)
         tl.store(to_weights + pair, weight, mask=used)
-    to_x = tl.multiple_of(sent.to(tl.pointer_type(x.dtype.element_ty)), 16)
+    to_x = tl.multiple_of(room.to(tl.pointer_type(x.dtype.element_ty)), 16)
     for first in range(0, tokens * hidden, BLOCK):
         place = first + tl.arange(0, BLOCK)
         inside = place < tokens * hidden
@@ -101,7 +102,9 @@ def _send_kernel(
             pack=1,
         )
     else:
-        tl.atomic_xchg(request.to(tl.pointer_type(tl.int64)), word, sem="release", scope="sys")
+        tl.atomic_xchg(
+            request.to(tl.int64).to(tl.pointer_type(tl.int64)), word, sem="release", scope="sys"
+        )
 
 
 @triton.jit
@@ -118,16 +121,16 @@ def _take_kernel(
 ):
     """One program a token: its row of `received`, once the answer is there, into or onto `out`."""
     wanted = tl.load(counter) & 0xFFFFFFFF
-    where = answer.to(tl.pointer_type(tl.int64))
+    where = answer.to(tl.int64).to(tl.pointer_type(tl.int64))
     looks = tl.load(patience)
     while (tl.load(where, volatile=True) != wanted) & (looks > 0):
         looks -= 1
     tl.debug_barrier()
     if looks == 0:
-        tl.store(late.to(tl.pointer_type(tl.int64)), 1)
+        tl.store(late.to(tl.int64).to(tl.pointer_type(tl.int64)), 1)
         tl.store(patience, 1)  # the calls behind it do not wait as long again
     row = tl.program_id(0).to(tl.int64) * hidden
-    source = tl.multiple_of(received.to(tl.pointer_type(tl.float32)), 16) + row
+    source = tl.multiple_of(received.to(tl.int64).to(tl.pointer_type(tl.float32)), 16) + row
     for first in range(0, hidden, BLOCK):
         place = first + tl.arange(0, BLOCK)
         inside = place < hidden
